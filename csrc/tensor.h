@@ -1,0 +1,168 @@
+// From torch tensors to the views and shapes of the kernels: the lift to 3-D, memory formats, and
+// the few checks that keep a hand-made call from reading out of bounds. Shared by the CPU and the
+// CUDA library; arguments proper are checked in Python (functional.py).
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/implementation.h"
+
+namespace torch_naiveconv {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// A `str` argument. Read through its handle: converting it to std::string leaks in torch 2.11-2.13.
+class Name {
+ public:
+  explicit Name(StringHandle handle) : handle_(handle) {}
+  ~Name() { torch_delete_string(handle_); }
+  Name(const Name&) = delete;
+  Name& operator=(const Name&) = delete;
+
+  const char* c_str() const {
+    const char* data = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle_, &data));
+    return data;
+  }
+  bool operator==(const char* other) const { return std::strcmp(c_str(), other) == 0; }
+
+ private:
+  StringHandle handle_;
+};
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::Double: return DType::float64;
+    case ScalarType::Half: return DType::float16;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    case ScalarType::Char: return DType::int8;
+    case ScalarType::Short: return DType::int16;
+    case ScalarType::Int: return DType::int32;
+    case ScalarType::Long: return DType::int64;
+    case ScalarType::Byte: return DType::uint8;
+    case ScalarType::UInt16: return DType::uint16;
+    case ScalarType::UInt32: return DType::uint32;
+    case ScalarType::UInt64: return DType::uint64;
+    case ScalarType::Bool: return DType::boolean;
+    default: STD_TORCH_CHECK(false, "torch_naiveconv: unsupported dtype"); return DType::float32;
+  }
+}
+inline bool is_half(DType dtype) { return dtype == DType::float16 || dtype == DType::bfloat16; }
+
+// The type of a kept total: Total<T> of spec/types.h.
+inline ScalarType total_type(const Tensor& t) {
+  return is_half(dtype_of(t)) ? ScalarType::Float : t.scalar_type();
+}
+
+// ---- memory formats ---------------------------------------------------------------------------
+
+// Strides exactly those of a dense tensor, sizes of 1 included (torch leaves those free): so a
+// one-channel image keeps the format it was given. Python's ops.is_channels_last says the same.
+inline bool has_strides_of(const Tensor& t, bool channels_last) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  const int64_t dim = t.dim();
+  int64_t expected = 1;
+  if (channels_last) {
+    if (strides[1] != 1) return false;
+    expected = sizes[1];
+  }
+  for (int64_t i = dim - 1; i >= 0; --i) {
+    if (channels_last && i == 1) continue;
+    if (strides[i] != expected) return false;
+    expected *= sizes[i];
+  }
+  return true;
+}
+
+inline bool is_channels_last(const Tensor& t) {
+  return t.dim() >= 4 && has_strides_of(t, true) && !has_strides_of(t, false);
+}
+
+// The tensor itself if it is dense in either format (3-D: also with channels innermost), else a
+// contiguous copy: kernels never see overlapping or expanded memory.
+inline Tensor dense(const Tensor& t) {
+  if (t.is_contiguous() || has_strides_of(t, true)) return t;
+  return torch::stable::contiguous(t);
+}
+
+inline Tensor new_tensor(const Tensor& like, const Ints& sizes, bool channels_last,
+                         std::optional<ScalarType> dtype = std::nullopt) {
+  using torch::headeronly::MemoryFormat;
+  if (!channels_last || sizes.size() < 4)
+    return torch::stable::new_empty(like, Sizes(sizes.data(), sizes.size()), dtype);
+  return torch::stable::empty(
+      Sizes(sizes.data(), sizes.size()), dtype ? *dtype : like.scalar_type(), std::nullopt,
+      like.device(), std::nullopt,
+      sizes.size() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d);
+}
+
+// ---- the lift to 3-D --------------------------------------------------------------------------
+
+// 1-D and 2-D tensors become 3-D by unit axes in front of their spatial ones.
+inline RawView view_of(const Tensor& t) {
+  RawView view;
+  view.data = t.data_ptr();
+  const auto strides = t.strides();
+  const int64_t dim = t.dim();
+  view.stride[0] = strides[0];
+  view.stride[1] = strides[1];
+  for (int64_t i = 2; i < dim; ++i) view.stride[5 - dim + i] = strides[i];
+  return view;
+}
+
+inline int64_t spatial_dims(const Tensor& t) {
+  const int64_t dims = t.dim() - 2;
+  STD_TORCH_CHECK(dims >= 1 && dims <= 3,
+                  "torch_naiveconv: expected a 3-D, 4-D or 5-D tensor, got ", t.dim(), "-D");
+  return dims;
+}
+
+inline bool in_range(int64_t value, int64_t least) {
+  return value >= least && value <= (int64_t{1} << 48);
+}
+
+// Axes from the sizes of the tensors themselves: whatever the lists say, a position outside of
+// them is padding and is never read. `padding` holds (before, after) pairs.
+inline void lift(Axis (&axes)[3], const Tensor& input_like, const int64_t* in, const int64_t* out,
+                 const int64_t* kernel, const Ints& stride, const Ints& padding,
+                 const Ints& dilation) {
+  const int64_t dims = spatial_dims(input_like);
+  const size_t count = static_cast<size_t>(dims);
+  STD_TORCH_CHECK(stride.size() == count && dilation.size() == count && padding.size() == 2 * count,
+                  "torch_naiveconv: expected ", dims, " strides and dilations, ", 2 * dims,
+                  " paddings");
+  for (int64_t i = 0; i < dims; ++i) {
+    Axis& axis = axes[3 - dims + i];
+    axis.in = in[i];
+    axis.out = out[i];
+    axis.kernel = kernel[i];
+    axis.stride = stride[i];
+    axis.dilation = dilation[i];
+    axis.pad = padding[2 * i];
+    STD_TORCH_CHECK(in_range(axis.in, 0) && in_range(axis.out, 0) && in_range(axis.kernel, 0) &&
+                        in_range(axis.stride, 1) && in_range(axis.dilation, 1) &&
+                        in_range(axis.pad, 0) && axis.kernel <= INT64_MAX / 4 / axis.dilation &&
+                        axis.out <= INT64_MAX / 4 / axis.stride,
+                    "torch_naiveconv: sizes out of range on spatial axis ", i);
+  }
+}
+
+// out = floor((in + before + after - dilation * (kernel - 1) - 1) / stride) + 1
+inline int64_t conv_output_size(int64_t in, int64_t kernel, int64_t stride, int64_t before,
+                                int64_t after, int64_t dilation) {
+  const int64_t room = in + before + after - dilation * (kernel - 1) - 1;
+  return room < 0 ? 0 : room / stride + 1;
+}
+
+}  // namespace torch_naiveconv

@@ -1,0 +1,535 @@
+"""The derivative rules, written once.
+
+conv, conv_grad_input and conv_grad_weight are each bilinear, and the derivatives of any of them are
+the other two; gather and scatter of pooling are each other's derivative. So a handful of functions
+gives every order of derivative.
+
+Each rule set is an ``autograd.Function`` (eager mode, ``torch.func`` transforms, forward mode) and is
+also registered with the dispatcher (``torch.compile``, ``torch.export``). ``_call`` chooses. The
+functions at the end have the signatures of the operators in ``ops.py``; call those, not the operators.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import ops
+
+Ints = list[int]
+_MISSING = (None, None)
+
+
+def transforms_active() -> bool:
+    """Is a torch.func transform or a forward-mode level active?"""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0  # type: ignore[attr-defined]
+    )
+
+
+def _call(function: type[_Rules], *args: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return function.op(*args)
+    if transforms_active() or (
+        torch.is_grad_enabled()
+        and any(arg.requires_grad for arg in args[:3] if isinstance(arg, Tensor))
+    ):
+        return function.apply(*args)
+    with ops.below_autograd():
+        return function.op(*args)
+
+
+class _Rules(torch.autograd.Function):
+    """What all rule sets share; `tensors` is the number of leading Tensor (or None) arguments."""
+
+    op: Any
+    tensors: int
+
+    @classmethod
+    def forward(cls, *args: Any) -> Any:  # type: ignore[override]
+        with ops.below_autograd():
+            return cls.op(*args)
+
+    @staticmethod
+    def register(cls: type[_Rules]) -> type[_Rules]:
+        torch.library.register_autograd(
+            cls.op._schema.name, cls.backward, setup_context=cls.setup_context
+        )
+        return cls
+
+    @classmethod
+    def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        saved = inputs[: cls.tensors]
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+        ctx.arguments = inputs[cls.tensors :]
+
+    @classmethod
+    def pad(cls, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of the tensors, then None for every other argument."""
+        return (*grads, *(None,) * len(ctx.arguments))
+
+
+def _sum(*terms: Tensor | None) -> Tensor | None:
+    present = [term for term in terms if term is not None]
+    if not present:
+        return None
+    total = present[0]
+    for term in present[1:]:
+        total = total + term
+    return total
+
+
+def _per_channel(vector: Tensor | None, dim: int) -> Tensor | None:
+    return None if vector is None else vector.view(1, -1, *(1,) * (dim - 2))
+
+
+# ---- vmap: fold the mapped dimension into the batch, the groups or the channels ----------------
+
+
+def _front(t: Tensor, dim: int | None, size: int) -> Tensor:
+    """The mapped dimension first; an unmapped tensor is repeated (a view)."""
+    return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
+def _into_batch(t: Tensor, dim: int | None, size: int) -> Tensor:
+    return _front(t, dim, size).flatten(0, 1)
+
+
+def _out_of_batch(t: Tensor, size: int) -> Tensor:
+    return t.unflatten(0, (size, t.shape[0] // size))
+
+
+def _into_channels(t: Tensor, dim: int | None, size: int) -> Tensor:
+    """(N, C, ...) tensors: the mapped dimension in front of the channels."""
+    return _front(t, dim, size).movedim(0, 1).flatten(1, 2)
+
+
+def _out_of_channels(t: Tensor, size: int) -> Tensor:
+    return t.unflatten(1, (size, t.shape[1] // size)).movedim(1, 0)
+
+
+# ---- convolution -------------------------------------------------------------------------------
+
+
+@_Rules.register
+class Conv(_Rules):
+    op = ops.conv
+    tensors = 3
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        input, weight, bias = ctx.saved_tensors
+        *geometry, impl = ctx.arguments
+        needs = ctx.needs_input_grad
+        grad_input = grad_weight = grad_bias = None
+        if needs[0]:
+            grad_input = conv_grad_input(grad, weight, None, list(input.shape[2:]), *geometry, impl)
+        if needs[1]:
+            grad_weight = conv_grad_weight(
+                grad,
+                input,
+                None,
+                list(weight.shape[2:]),
+                *geometry,
+                ops.is_channels_last(weight),
+                impl,
+            )
+        if bias is not None and needs[2]:
+            grad_bias = conv_grad_bias(grad, None, impl)
+        return Conv.pad(ctx, grad_input, grad_weight, grad_bias)
+
+    @staticmethod
+    def jvp(ctx: Any, d_input: Any, d_weight: Any, d_bias: Any, *_: Any) -> Tensor | None:
+        input, weight, _bias = ctx.saved_tensors
+        arguments = ctx.arguments
+        return _sum(
+            None if d_input is None else conv(d_input, weight, d_bias, *arguments),
+            None if d_weight is None else conv(input, d_weight, None, *arguments),
+            _expanded_bias(d_bias, input, weight, arguments) if d_input is None else None,
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, input: Any, weight: Any, bias: Any, *arguments: Any) -> Any:
+        size = info.batch_size
+        *geometry, groups, impl = arguments
+        if in_dims[1] is None and in_dims[2] is None:
+            out = conv(_into_batch(input, in_dims[0], size), weight, bias, *arguments)
+            return _out_of_batch(out, size), 0
+        out = conv(
+            _into_channels(input, in_dims[0], size),
+            _into_batch(weight, in_dims[1], size),
+            None if bias is None else _into_batch(bias, in_dims[2], size),
+            *geometry,
+            groups * size,
+            impl,
+        )
+        return _out_of_channels(out, size), 0
+
+
+def _expanded_bias(d_bias: Any, input: Tensor, weight: Tensor, arguments: Any) -> Tensor | None:
+    """The tangent of an output that only the bias moves."""
+    if d_bias is None:
+        return None
+    return conv(torch.zeros_like(input), torch.zeros_like(weight), d_bias, *arguments)
+
+
+@_Rules.register
+class ConvGradInput(_Rules):
+    op = ops.conv_grad_input
+    tensors = 3
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        grad_output, weight, bias = ctx.saved_tensors
+        _input_size, *geometry, impl = ctx.arguments
+        needs = ctx.needs_input_grad
+        d_grad_output = d_weight = d_bias = None
+        if needs[0]:
+            d_grad_output = _conv_like(grad_output, grad, weight, geometry, impl)
+        if needs[1]:
+            d_weight = conv_grad_weight(
+                grad_output,
+                grad,
+                None,
+                list(weight.shape[2:]),
+                *geometry,
+                ops.is_channels_last(weight),
+                impl,
+            )
+        if bias is not None and needs[2]:
+            d_bias = conv_grad_bias(grad, None, impl)
+        return ConvGradInput.pad(ctx, d_grad_output, d_weight, d_bias)
+
+    @staticmethod
+    def jvp(ctx: Any, d_grad_output: Any, d_weight: Any, d_bias: Any, *_: Any) -> Tensor | None:
+        grad_output, weight, _bias = ctx.saved_tensors
+        arguments = ctx.arguments
+        if d_grad_output is None and d_weight is None and d_bias is not None:
+            d_grad_output = torch.zeros_like(grad_output)
+        return _sum(
+            None
+            if d_grad_output is None
+            else conv_grad_input(d_grad_output, weight, d_bias, *arguments),
+            None
+            if d_weight is None
+            else conv_grad_input(
+                grad_output, d_weight, d_bias if d_grad_output is None else None, *arguments
+            ),
+        )
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, grad_output: Any, weight: Any, bias: Any, *arguments: Any
+    ) -> Any:
+        size = info.batch_size
+        *geometry, groups, impl = arguments
+        if in_dims[1] is None and in_dims[2] is None:
+            out = conv_grad_input(
+                _into_batch(grad_output, in_dims[0], size), weight, bias, *arguments
+            )
+            return _out_of_batch(out, size), 0
+        out = conv_grad_input(
+            _into_channels(grad_output, in_dims[0], size),
+            _into_batch(weight, in_dims[1], size),
+            None if bias is None else _into_batch(bias, in_dims[2], size),
+            *geometry,
+            groups * size,
+            impl,
+        )
+        return _out_of_channels(out, size), 0
+
+
+def _conv_like(
+    grad_output: Tensor, input: Tensor, weight: Tensor, geometry: Any, impl: str
+) -> Tensor:
+    """conv(input, weight) with the output size of `grad_output`.
+
+    A transposed convolution with output_padding leaves a rest of its input that no window reaches;
+    the forward formula would count one window more when that rest is as long as a stride.
+    """
+    stride, padding, dilation, groups = geometry
+    padding = list(padding)
+    for i in range(input.dim() - 2):
+        span = (grad_output.shape[2 + i] - 1) * stride[i] + dilation[i] * (weight.shape[2 + i] - 1)
+        rest = input.shape[2 + i] + padding[2 * i] - span - 1
+        if rest + padding[2 * i + 1] >= stride[i]:
+            input = input.narrow(2 + i, 0, input.shape[2 + i] - max(rest, 0))
+            rest = min(rest, 0)
+        padding[2 * i + 1] = -rest
+    return conv(input, weight, None, stride, padding, dilation, groups, impl)
+
+
+@_Rules.register
+class ConvGradWeight(_Rules):
+    op = ops.conv_grad_weight
+    tensors = 3
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        grad_output, input, total = ctx.saved_tensors
+        _kernel_size, *geometry, _channels_last, impl = ctx.arguments
+        needs = ctx.needs_input_grad
+        d_grad_output = d_input = None
+        weight = grad.to(input.dtype)
+        if needs[0]:
+            d_grad_output = _conv_like(grad_output, input, weight, geometry, impl)
+        if needs[1]:
+            d_input = conv_grad_input(
+                grad_output, weight, None, list(input.shape[2:]), *geometry, impl
+            )
+        return ConvGradWeight.pad(
+            ctx, d_grad_output, d_input, grad if total is not None and needs[2] else None
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, d_grad_output: Any, d_input: Any, d_total: Any, *_: Any) -> Tensor | None:
+        grad_output, input, total = ctx.saved_tensors
+        arguments = ctx.arguments
+        zero = None if total is None else torch.zeros_like(total)
+        return _sum(
+            None
+            if d_grad_output is None
+            else conv_grad_weight(d_grad_output, input, zero, *arguments),
+            None if d_input is None else conv_grad_weight(grad_output, d_input, zero, *arguments),
+            d_total,
+        )
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, grad_output: Any, input: Any, total: Any, *arguments: Any
+    ) -> Any:
+        size = info.batch_size
+        *geometry, groups, channels_last, impl = arguments
+        out = conv_grad_weight(
+            _into_channels(grad_output, in_dims[0], size),
+            _into_channels(input, in_dims[1], size),
+            None if total is None else _into_batch(total, in_dims[2], size),
+            *geometry,
+            groups * size,
+            channels_last,
+            impl,
+        )
+        return _out_of_batch(out, size), 0
+
+
+@_Rules.register
+class ConvGradBias(_Rules):
+    op = ops.conv_grad_bias
+    tensors = 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        grad_output, total = ctx.saved_tensors
+        d_grad_output = None
+        if ctx.needs_input_grad[0]:
+            d_grad_output = (
+                grad.to(grad_output.dtype)
+                .view(1, -1, *(1,) * (grad_output.dim() - 2))
+                .expand(grad_output.shape)
+            )
+        return ConvGradBias.pad(
+            ctx, d_grad_output, grad if total is not None and ctx.needs_input_grad[1] else None
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, d_grad_output: Any, d_total: Any, *_: Any) -> Tensor | None:
+        total = ctx.saved_tensors[1]
+        zero = None if total is None else torch.zeros_like(total)
+        moved = (
+            None if d_grad_output is None else conv_grad_bias(d_grad_output, zero, *ctx.arguments)
+        )
+        return _sum(moved, d_total)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, grad_output: Any, total: Any, impl: str) -> Any:
+        size = info.batch_size
+        out = conv_grad_bias(
+            _into_channels(grad_output, in_dims[0], size),
+            None if total is None else _into_batch(total, in_dims[1], size),
+            impl,
+        )
+        return _out_of_batch(out, size), 0
+
+
+# ---- max-pooling -------------------------------------------------------------------------------
+
+
+@_Rules.register
+class MaxPool(_Rules):
+    op = ops.max_pool
+    tensors = 1
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        input, *ctx.arguments = inputs
+        ctx.input_size = list(input.shape[2:])
+        ctx.mark_non_differentiable(output[1])
+        chosen = input if ctx.arguments[5] in ("all", "split") else output[1]
+        ctx.save_for_backward(chosen)
+        ctx.save_for_forward(chosen)
+
+    @staticmethod
+    def chosen(ctx: Any) -> Tensor:
+        (chosen,) = ctx.saved_tensors
+        if chosen.dim() == 1:
+            raise RuntimeError(
+                "max_pool was called with indices='none', which keeps nothing to differentiate by: "
+                "pass 'offset' or 'flat'"
+            )
+        return chosen
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
+        *geometry, _output_size, ties, _indices, impl = ctx.arguments
+        grad_input = max_pool_scatter(
+            grad, MaxPool.chosen(ctx), ctx.input_size, *geometry, ties, impl
+        )
+        return (grad_input, *(None,) * len(ctx.arguments))
+
+    @staticmethod
+    def jvp(ctx: Any, d_input: Tensor, *_: Any) -> Any:
+        *geometry, output_size, ties, _indices, impl = ctx.arguments
+        chosen = MaxPool.chosen(ctx)
+        return max_pool_gather(d_input, chosen, output_size, *geometry, ties, impl), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, input: Any, *arguments: Any) -> Any:
+        size = info.batch_size
+        output, index = max_pool(_into_batch(input, in_dims[0], size), *arguments)
+        if arguments[6] == "none":
+            return (_out_of_batch(output, size), index), (0, None)
+        return (_out_of_batch(output, size), _out_of_batch(index, size)), (0, 0)
+
+
+def _fold_two(function: Any) -> Any:
+    """vmap for a map of two (N, C, ...) tensors: both into the batch."""
+
+    def vmap(info: Any, in_dims: Any, values: Any, index: Any, *arguments: Any) -> Any:
+        size = info.batch_size
+        out = function(
+            _into_batch(values, in_dims[0], size), _into_batch(index, in_dims[1], size), *arguments
+        )
+        return _out_of_batch(out, size), 0
+
+    return staticmethod(vmap)
+
+
+class _IndexedMap(_Rules):
+    """A map that is linear in its first tensor; the second says where each value goes."""
+
+    tensors = 2
+
+    @classmethod
+    def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        values, index, *ctx.arguments = inputs
+        ctx.spatial = list(values.shape[2:])
+        ctx.save_for_backward(index)
+        ctx.save_for_forward(index)
+
+
+@_Rules.register
+class MaxPoolScatter(_IndexedMap):
+    op = ops.max_pool_scatter
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (index,) = ctx.saved_tensors
+        _size, *rest = ctx.arguments
+        return MaxPoolScatter.pad(ctx, max_pool_gather(grad, index, ctx.spatial, *rest), None)
+
+    @staticmethod
+    def jvp(ctx: Any, d_values: Tensor, *_: Any) -> Tensor:
+        return max_pool_scatter(d_values, ctx.saved_tensors[0], *ctx.arguments)
+
+    vmap = _fold_two(lambda *args: max_pool_scatter(*args))
+
+
+@_Rules.register
+class MaxPoolGather(_IndexedMap):
+    op = ops.max_pool_gather
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (index,) = ctx.saved_tensors
+        _size, *rest = ctx.arguments
+        return MaxPoolGather.pad(ctx, max_pool_scatter(grad, index, ctx.spatial, *rest), None)
+
+    @staticmethod
+    def jvp(ctx: Any, d_values: Tensor, *_: Any) -> Tensor:
+        return max_pool_gather(d_values, ctx.saved_tensors[0], *ctx.arguments)
+
+    vmap = _fold_two(lambda *args: max_pool_gather(*args))
+
+
+@_Rules.register
+class MaxUnpool(_IndexedMap):
+    op = ops.max_unpool
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return MaxUnpool.pad(ctx, max_unpool_gather(grad, ctx.saved_tensors[0]), None)
+
+    @staticmethod
+    def jvp(ctx: Any, d_values: Tensor, *_: Any) -> Tensor:
+        return max_unpool(d_values, ctx.saved_tensors[0], *ctx.arguments)
+
+    vmap = _fold_two(lambda *args: max_unpool(*args))
+
+
+@_Rules.register
+class MaxUnpoolGather(_IndexedMap):
+    op = ops.max_unpool_gather
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return MaxUnpoolGather.pad(ctx, max_unpool(grad, ctx.saved_tensors[0], ctx.spatial), None)
+
+    @staticmethod
+    def jvp(ctx: Any, d_values: Tensor, *_: Any) -> Tensor:
+        return max_unpool_gather(d_values, ctx.saved_tensors[0])
+
+    vmap = _fold_two(lambda *args: max_unpool_gather(*args))
+
+
+# ---- the differentiable functions, with the operators' signatures ------------------------------
+
+
+def conv(*args: Any) -> Tensor:
+    return _call(Conv, *args)
+
+
+def conv_grad_input(*args: Any) -> Tensor:
+    return _call(ConvGradInput, *args)
+
+
+def conv_grad_weight(*args: Any) -> Tensor:
+    return _call(ConvGradWeight, *args)
+
+
+def conv_grad_bias(*args: Any) -> Tensor:
+    return _call(ConvGradBias, *args)
+
+
+def max_pool(*args: Any) -> tuple[Tensor, Tensor]:
+    return _call(MaxPool, *args)
+
+
+def max_pool_scatter(*args: Any) -> Tensor:
+    return _call(MaxPoolScatter, *args)
+
+
+def max_pool_gather(*args: Any) -> Tensor:
+    return _call(MaxPoolGather, *args)
+
+
+def max_unpool(*args: Any) -> Tensor:
+    return _call(MaxUnpool, *args)
+
+
+def max_unpool_gather(*args: Any) -> Tensor:
+    return _call(MaxUnpoolGather, *args)

@@ -1,0 +1,190 @@
+"""The operators and what the dispatcher must know of them: libraries, fake kernels, table rows.
+
+The schemas are in ``csrc/ops.cpp``; the derivative rules in ``autograd.py``. ``padding`` lists hold
+a ``(before, after)`` pair per spatial axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).parent
+CPU_LIBRARY = HERE / "_cpu.so"
+CUDA_LIBRARY = HERE / "_cuda.so"
+
+
+def _load() -> None:
+    if not CPU_LIBRARY.exists():
+        raise ImportError(
+            f"{CPU_LIBRARY.name} is not built: run `pip install -e . --no-build-isolation` "
+            "in the source folder, or import from outside of it"
+        )
+    torch.ops.load_library(str(CPU_LIBRARY))
+    if torch.version.cuda is not None and CUDA_LIBRARY.exists():
+        torch.ops.load_library(str(CUDA_LIBRARY))
+
+
+_load()
+NAMESPACE = torch.ops.torch_naiveconv
+conv = NAMESPACE.conv.default
+conv_grad_input = NAMESPACE.conv_grad_input.default
+conv_grad_weight = NAMESPACE.conv_grad_weight.default
+conv_grad_bias = NAMESPACE.conv_grad_bias.default
+max_pool = NAMESPACE.max_pool.default
+max_pool_scatter = NAMESPACE.max_pool_scatter.default
+max_pool_gather = NAMESPACE.max_pool_gather.default
+max_unpool = NAMESPACE.max_unpool.default
+max_unpool_gather = NAMESPACE.max_unpool_gather.default
+
+
+@lru_cache(maxsize=None)
+def rows(kind: str, device: str) -> tuple[str, ...]:
+    """The rows of a table (``"conv"`` or ``"pool"``) that can run on a device here, best first."""
+    name = f"{device}_{kind}_rows"
+    if device == "cuda" and not torch.cuda.is_available():
+        return ()
+    op = getattr(NAMESPACE, name, None)
+    return () if op is None else tuple(op().split(","))
+
+
+# ---- fake kernels: the shapes, types and memory formats of the results -------------------------
+
+
+def is_channels_last(t: Tensor) -> bool:
+    """Strides exactly those of a dense channels_last tensor, and not those of a contiguous one.
+
+    The rule of ``csrc/tensor.h``; sizes of 1 count too, so a one-channel image keeps its format.
+    """
+    return t.dim() >= 4 and _has_strides(t, True) and not _has_strides(t, False)
+
+
+def _has_strides(t: Tensor, channels_last: bool) -> bool:
+    expected = t.shape[1] if channels_last else 1
+    if channels_last and t.stride(1) != 1:
+        return False
+    for i in range(t.dim() - 1, -1, -1):
+        if channels_last and i == 1:
+            continue
+        if t.stride(i) != expected:
+            return False
+        expected = expected * t.shape[i]
+    return True
+
+
+def _empty(
+    like: Tensor, size: Sequence[int], channels_last: bool, dtype: torch.dtype | None = None
+) -> Tensor:
+    memory_format = torch.contiguous_format
+    if channels_last and len(size) >= 4:
+        memory_format = torch.channels_last if len(size) == 4 else torch.channels_last_3d
+    return torch.empty(
+        size, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format
+    )
+
+
+def total_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which a sum of ``dtype`` is kept: float32 for the 16-bit types."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def conv_output_size(
+    in_: int, kernel: int, stride: int, before: int, after: int, dilation: int
+) -> int:
+    """``floor((in + before + after - dilation * (kernel - 1) - 1) / stride) + 1``."""
+    return (in_ + before + after - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def offset_dtype(taps: int) -> torch.dtype:
+    """The smallest type that holds every offset of a window of ``taps`` and -1."""
+    return torch.uint8 if taps <= 255 else torch.int16 if taps <= 32767 else torch.int32
+
+
+@torch.library.register_fake("torch_naiveconv::conv")
+def _(input, weight, bias, stride, padding, dilation, groups, impl):  # type: ignore[no-untyped-def]
+    spatial = [
+        conv_output_size(
+            input.shape[2 + i],
+            weight.shape[2 + i],
+            stride[i],
+            padding[2 * i],
+            padding[2 * i + 1],
+            dilation[i],
+        )
+        for i in range(input.dim() - 2)
+    ]
+    return _empty(input, [input.shape[0], weight.shape[0], *spatial], is_channels_last(input))
+
+
+@torch.library.register_fake("torch_naiveconv::conv_grad_input")
+def _(grad_output, weight, bias, input_size, stride, padding, dilation, groups, impl):  # type: ignore[no-untyped-def]
+    size = [grad_output.shape[0], weight.shape[1] * groups, *input_size]
+    return _empty(grad_output, size, is_channels_last(grad_output))
+
+
+@torch.library.register_fake("torch_naiveconv::conv_grad_weight")
+def _(
+    grad_output,
+    input,
+    total,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
+    groups,
+    channels_last,
+    impl,
+):  # type: ignore[no-untyped-def]
+    size = [grad_output.shape[1], input.shape[1] // groups, *kernel_size]
+    dtype = None if total is None else total_dtype(input.dtype)
+    return _empty(input, size, channels_last, dtype)
+
+
+@torch.library.register_fake("torch_naiveconv::conv_grad_bias")
+def _(grad_output, total, impl):  # type: ignore[no-untyped-def]
+    dtype = None if total is None else total_dtype(grad_output.dtype)
+    return _empty(grad_output, [grad_output.shape[1]], False, dtype)
+
+
+@torch.library.register_fake("torch_naiveconv::max_pool")
+def _(input, kernel_size, stride, padding, dilation, output_size, ties, indices, impl):  # type: ignore[no-untyped-def]
+    size = [input.shape[0], input.shape[1], *output_size]
+    channels_last = is_channels_last(input)
+    taps = 1
+    for k in kernel_size:
+        taps = taps * k
+    dtype = torch.int64 if indices == "flat" else offset_dtype(taps)
+    index = _empty(input, [0] if indices == "none" else size, channels_last, dtype)
+    return _empty(input, size, channels_last), index
+
+
+@torch.library.register_fake("torch_naiveconv::max_pool_scatter")
+def _(grad_output, index, input_size, kernel_size, stride, padding, dilation, ties, impl):  # type: ignore[no-untyped-def]
+    size = [grad_output.shape[0], grad_output.shape[1], *input_size]
+    return _empty(grad_output, size, is_channels_last(grad_output))
+
+
+@torch.library.register_fake("torch_naiveconv::max_pool_gather")
+def _(input, index, output_size, kernel_size, stride, padding, dilation, ties, impl):  # type: ignore[no-untyped-def]
+    size = [input.shape[0], input.shape[1], *output_size]
+    return _empty(input, size, is_channels_last(input))
+
+
+@torch.library.register_fake("torch_naiveconv::max_unpool")
+def _(input, indices, output_size):  # type: ignore[no-untyped-def]
+    return _empty(input, [input.shape[0], input.shape[1], *output_size], False)
+
+
+@torch.library.register_fake("torch_naiveconv::max_unpool_gather")
+def _(grad_output, indices):  # type: ignore[no-untyped-def]
+    return _empty(grad_output, indices.shape, False)
+
+
+def below_autograd() -> Any:
+    """Call an operator without its autograd kernel: the caller has seen to the derivatives."""
+    return torch._C._AutoDispatchBelowAutograd()
