@@ -31,16 +31,16 @@ def transforms_active() -> bool:
     )
 
 
-def _call(function: type[_Rules], *args: Any) -> Any:
+def _call(op: Any, function: type[_Rules], *args: Any) -> Any:
     if torch.compiler.is_compiling():
-        return function.op(*args)
+        return op(*args)
     if transforms_active() or (
         torch.is_grad_enabled()
         and any(arg.requires_grad for arg in args[:3] if isinstance(arg, Tensor))
     ):
         return function.apply(*args)
     with ops.below_autograd():
-        return function.op(*args)
+        return op(*args)
 
 
 class _Rules(torch.autograd.Function):
@@ -247,20 +247,20 @@ class ConvGradInput(_Rules):
 def _conv_like(
     grad_output: Tensor, input: Tensor, weight: Tensor, geometry: Any, impl: str
 ) -> Tensor:
-    """conv(input, weight) with the output size of `grad_output`.
+    """conv(input, weight) with the output size of `grad_output`, whatever output_padding was.
 
-    A transposed convolution with output_padding leaves a rest of its input that no window reaches;
-    the forward formula would count one window more when that rest is as long as a stride.
+    Behind the last window the input of a transposed convolution's gradient may have a rest; one as
+    long as a stride would make the forward formula count another window, so it is cut off.
     """
     stride, padding, dilation, groups = geometry
     padding = list(padding)
     for i in range(input.dim() - 2):
-        span = (grad_output.shape[2 + i] - 1) * stride[i] + dilation[i] * (weight.shape[2 + i] - 1)
-        rest = input.shape[2 + i] + padding[2 * i] - span - 1
-        if rest + padding[2 * i + 1] >= stride[i]:
-            input = input.narrow(2 + i, 0, input.shape[2 + i] - max(rest, 0))
-            rest = min(rest, 0)
-        padding[2 * i + 1] = -rest
+        window = dilation[i] * (weight.shape[2 + i] - 1) + 1
+        reach = (grad_output.shape[2 + i] - 1) * stride[i] + window - padding[2 * i]
+        rest = input.shape[2 + i] - reach
+        if rest >= stride[i]:
+            input = input.narrow(2 + i, 0, reach)
+        padding[2 * i + 1] = max(-rest, 0)
     return conv(input, weight, None, stride, padding, dilation, groups, impl)
 
 
@@ -500,36 +500,36 @@ class MaxUnpoolGather(_IndexedMap):
 
 
 def conv(*args: Any) -> Tensor:
-    return _call(Conv, *args)
+    return _call(ops.conv, Conv, *args)
 
 
 def conv_grad_input(*args: Any) -> Tensor:
-    return _call(ConvGradInput, *args)
+    return _call(ops.conv_grad_input, ConvGradInput, *args)
 
 
 def conv_grad_weight(*args: Any) -> Tensor:
-    return _call(ConvGradWeight, *args)
+    return _call(ops.conv_grad_weight, ConvGradWeight, *args)
 
 
 def conv_grad_bias(*args: Any) -> Tensor:
-    return _call(ConvGradBias, *args)
+    return _call(ops.conv_grad_bias, ConvGradBias, *args)
 
 
 def max_pool(*args: Any) -> tuple[Tensor, Tensor]:
-    return _call(MaxPool, *args)
+    return _call(ops.max_pool, MaxPool, *args)
 
 
 def max_pool_scatter(*args: Any) -> Tensor:
-    return _call(MaxPoolScatter, *args)
+    return _call(ops.max_pool_scatter, MaxPoolScatter, *args)
 
 
 def max_pool_gather(*args: Any) -> Tensor:
-    return _call(MaxPoolGather, *args)
+    return _call(ops.max_pool_gather, MaxPoolGather, *args)
 
 
 def max_unpool(*args: Any) -> Tensor:
-    return _call(MaxUnpool, *args)
+    return _call(ops.max_unpool, MaxUnpool, *args)
 
 
 def max_unpool_gather(*args: Any) -> Tensor:
-    return _call(MaxUnpoolGather, *args)
+    return _call(ops.max_unpool_gather, MaxUnpoolGather, *args)
