@@ -173,7 +173,7 @@ def pool_calls(draw):
     padding = tuple(draw(st.integers(0, k // 2)) for k in kernel)
     spatial = per_axis(1, 12 if dims < 3 else 6)
     ceil_mode = draw(st.booleans())
-    for i, s, p, d, k in zip(spatial, stride, padding, dilation, kernel, strict=True):
+    for i, p, d, k in zip(spatial, padding, dilation, kernel, strict=True):
         assume(i + 2 * p - d * (k - 1) - 1 >= 0)
     # torch reads outside of the input where a dilated window has no tap on it
     for i, p, d, k in zip(spatial, padding, dilation, kernel, strict=True):

@@ -109,9 +109,11 @@ def test_bool_pooling():
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
 def test_complex_convolution(dtype):
     def gaussian(*shape):
-        return torch.complex(
-            integers(*shape), integers(*shape, dtype=torch.float64)
-        ).to(dtype).requires_grad_()
+        return (
+            torch.complex(integers(*shape), integers(*shape, dtype=torch.float64))
+            .to(dtype)
+            .requires_grad_()
+        )
 
     x, w, b = gaussian(2, 4, 5, 5), gaussian(6, 2, 3, 3), gaussian(6)
     ours = F.conv2d(x, w, b, padding=1, groups=2)

@@ -134,8 +134,6 @@ def test_indices_that_a_gradient_needs():
     from torch_naiveconv import ops
 
     x = torch.ones(1, 1, 4, 4, requires_grad=True)
-    out, _ = ops.max_pool(
-        x, [2, 2], [2, 2], [0] * 4, [1, 1], [2, 2], "first", "none", "auto"
-    )
+    out, _ = ops.max_pool(x, [2, 2], [2, 2], [0] * 4, [1, 1], [2, 2], "first", "none", "auto")
     with pytest.raises(RuntimeError, match="indices='none'"):
         out.sum().backward()

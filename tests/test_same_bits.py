@@ -1,4 +1,4 @@
-"""The naive rows return one result: threads, batch, memory format, and every other row against them.
+"""Every row returns one result: for any threads, batch and memory format, and naive's.
 
 Hard values are everywhere: subnormals, signed zeros, infinities and NaN.
 """

@@ -1,4 +1,4 @@
-"""The acceptance values of the course's four functions, and what the article's listing gets wrong."""
+"""Acceptance values of the course's four functions, and what the article's listing gets wrong."""
 
 import numpy as np
 import pytest
@@ -22,13 +22,15 @@ def close(x, y, tolerance=1e-12):
     return abs(x - y) <= tolerance * max(1.0, abs(y))
 
 
+# fmt: off
 A1_FULL = np.array([
     [[[-0.08759808612440192, -0.10987780640412217], [-0.18387191755612808, -0.2109216047110784]],
      [[0.2102708870077291, 0.216610967979389], [0.22847626058152373, 0.23004637467795364]],
      [[0.5081398601398601, 0.5430997423629003], [0.6408244387191755, 0.6710143540669855]]],
     [[[-0.9805358851674643, -1.031435406698565], [-1.1912889216047111, -1.2469584100110418]],
      [[0.6910835480309164, 0.6688038277511961], [0.5948097165991902, 0.56776002944424]],
-     [[2.3627029812292974, 2.369043062200957], [2.3809083548030916, 2.3824784688995213]]]])  # fmt: skip
+     [[2.3627029812292974, 2.369043062200957], [2.3809083548030916, 2.3824784688995213]]]])
+# fmt: on
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -185,8 +187,8 @@ def test_a11_image_processing_with_an_integer_bias():
     out, _ = cs231n.conv_forward_naive(x, w, np.array([0, 128]), {"stride": 1, "pad": 1})
     assert np.allclose(out[0, 0, :3], 125, rtol=0, atol=1e-12)
     assert np.allclose(out[0, 0, 3:], 135, rtol=0, atol=1e-12)
-    edge = [[-22, -72, -72, -72, -72, -22], [128] * 6, [-172, -272, -272, -272, -272, -172],
-            [-172, -272, -272, -272, -272, -172], [128] * 6, [578, 728, 728, 728, 728, 578]]  # fmt: skip
+    dark, bright, last = [-22, *[-72] * 4, -22], [-172, *[-272] * 4, -172], [578, *[728] * 4, 578]
+    edge = [dark, [128] * 6, bright, bright, [128] * 6, last]
     assert out[0, 1].tolist() == edge
 
 
@@ -328,9 +330,7 @@ def test_arguments_are_checked():
             np.zeros((1, 1, 4, 4)), {"pool_height": 5, "pool_width": 2, "stride": 1}
         )
     with pytest.raises(TypeError, match="numpy array or a Tensor"):
-        cs231n.max_pool_forward_naive(
-            [[1.0]], {"pool_height": 1, "pool_width": 1, "stride": 1}
-        )
+        cs231n.max_pool_forward_naive([[1.0]], {"pool_height": 1, "pool_width": 1, "stride": 1})
 
 
 def test_tensors_in_tensors_out():

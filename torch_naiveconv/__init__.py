@@ -23,7 +23,9 @@ from .modules import (
 )
 
 __version__ = "0.1.0"
-SPEC_ID = "NC-1"  # the numeric contract (docs/contract.md); another order of additions gets another id
+SPEC_ID = (
+    "NC-1"  # the numeric contract (docs/contract.md); another order of additions gets another id
+)
 
 __all__ = [
     "SPEC_ID",

@@ -4,9 +4,9 @@ conv, conv_grad_input and conv_grad_weight are each bilinear, and the derivative
 the other two; gather and scatter of pooling are each other's derivative. So a handful of functions
 gives every order of derivative.
 
-Each rule set is an ``autograd.Function`` (eager mode, ``torch.func`` transforms, forward mode) and is
-also registered with the dispatcher (``torch.compile``, ``torch.export``). ``_call`` chooses. The
-functions at the end have the signatures of the operators in ``ops.py``; call those, not the operators.
+Each rule set is an ``autograd.Function`` (eager mode, ``torch.func`` transforms, forward mode) and
+is also registered with the dispatcher (``torch.compile``, ``torch.export``). ``_call`` chooses. The
+functions at the end have the signatures of the operators in ``ops.py``; call those instead.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ _MISSING = (None, None)
 def transforms_active() -> bool:
     """Is a torch.func transform or a forward-mode level active?"""
     return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0  # type: ignore[attr-defined]
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
     )
 
 
@@ -50,7 +49,7 @@ class _Rules(torch.autograd.Function):
     tensors: int
 
     @classmethod
-    def forward(cls, *args: Any) -> Any:  # type: ignore[override]
+    def forward(cls, *args: Any) -> Any:
         with ops.below_autograd():
             return cls.op(*args)
 

@@ -1,7 +1,7 @@
 """The course's four layer functions, with its names, signatures, ``(out, cache)`` and dictionaries.
 
 numpy arrays in, numpy arrays out; tensors in, tensors out. The ``_naive`` functions run the
-specification itself, the ``_fast`` ones the best implementation of this machine; the bits are equal.
+specification itself, the ``_fast`` ones the best implementation here; the bits are equal.
 Where the article's listing is wrong (overlapping windows, ties, NaN, integer biases, sizes by true
 division) these are right.
 """
@@ -140,9 +140,7 @@ def conv_backward_naive(dout: Array, cache: tuple[Any, ...]) -> tuple[Array, Arr
     return _conv_backward(dout, cache, "naive")
 
 
-def max_pool_forward_naive(
-    x: Array, pool_param: dict[str, int]
-) -> tuple[Array, tuple[Any, ...]]:
+def max_pool_forward_naive(x: Array, pool_param: dict[str, int]) -> tuple[Array, tuple[Any, ...]]:
     """Forward pass of max-pooling, by the specification's loops.
 
     Args:
@@ -189,9 +187,7 @@ def conv_backward_fast(dout: Array, cache: tuple[Any, ...]) -> tuple[Array, Arra
     return _conv_backward(dout, cache, None)
 
 
-def max_pool_forward_fast(
-    x: Array, pool_param: dict[str, int]
-) -> tuple[Array, tuple[Any, ...]]:
+def max_pool_forward_fast(x: Array, pool_param: dict[str, int]) -> tuple[Array, tuple[Any, ...]]:
     """:func:`max_pool_forward_naive` by the fastest implementation here, the same bits."""
     return _max_pool_forward(x, pool_param, None)
 

@@ -5,8 +5,8 @@ Every argument is checked here, once. Below, ``autograd.py`` holds the derivativ
 a name from :func:`implementations`; the bits of the result do not depend on it.
 
 Beyond torch: padding as a ``(before, after)`` pair per axis, ``'same'`` with any stride,
-``padding_mode``, max-pool padding of any size, integer tensors everywhere (bool in pooling), and the
-tie rules of max-pooling.
+``padding_mode``, max-pool padding of any size, integer tensors everywhere (bool in pooling), and
+the tie rules of max-pooling.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def _conv_geometry(
         raise ValueError(
             f"input has {channels} channels (shape {tuple(input)}), but weight (shape "
             f"{tuple(weight)}) with groups={groups} expects {weight[1]} * {groups} = "
-            f"{weight[1] * groups}: pass a weight of shape (out_channels, in_channels / groups, ...)"
+            f"{weight[1] * groups}: the weight's shape is (out_channels, in_channels / groups, ...)"
         )
     if filters % groups:
         raise ValueError(
@@ -477,9 +477,7 @@ def conv1d(
     >>> conv1d(x, torch.tensor([[[1.0, 10]]]), stride=2)
     tensor([[[10., 32.]]])
     """
-    return _conv(
-        1, input, weight, bias, stride, padding, dilation, groups, padding_mode, impl
-    )
+    return _conv(1, input, weight, bias, stride, padding, dilation, groups, padding_mode, impl)
 
 
 def conv2d(
@@ -527,9 +525,7 @@ def conv2d(
     tensor([[[[19., 25.],
               [37., 43.]]]])
     """
-    return _conv(
-        2, input, weight, bias, stride, padding, dilation, groups, padding_mode, impl
-    )
+    return _conv(2, input, weight, bias, stride, padding, dilation, groups, padding_mode, impl)
 
 
 def conv3d(
@@ -552,9 +548,7 @@ def conv3d(
     >>> conv3d(torch.ones(1, 2, 2, 2, 2), torch.ones(1, 2, 2, 2, 2)).item()
     16.0
     """
-    return _conv(
-        3, input, weight, bias, stride, padding, dilation, groups, padding_mode, impl
-    )
+    return _conv(3, input, weight, bias, stride, padding, dilation, groups, padding_mode, impl)
 
 
 # ---- transposed convolution --------------------------------------------------------------------
@@ -588,9 +582,7 @@ def _conv_transpose(
             f"groups={groups} makes {weight.shape[1] * groups} channels: pass one bias per channel"
         )
     if input.dtype in COMPLEX:
-        output = _by_parts(
-            autograd.conv_grad_input, input, weight, bias, (*geometry, groups, row)
-        )
+        output = _by_parts(autograd.conv_grad_input, input, weight, bias, (*geometry, groups, row))
     else:
         output = autograd.conv_grad_input(input, weight, bias, *geometry, groups, row)
     return output if batched else output.squeeze(0)
@@ -927,7 +919,7 @@ def max_pool2d(
     """2-D max-pooling, as ``torch.nn.functional.max_pool2d``.
 
     Args:
-        input: (N, C, H, W) or (C, H, W); float32, float64, float16, bfloat16, an integer type, bool.
+        input: (N, C, H, W) or (C, H, W); float32, float64, float16, bfloat16, integers, bool.
         kernel_size: height and width of the window.
         stride: its steps; None means kernel_size.
         padding: positions around the input that hold nothing, of any size; an int, one per axis, or
@@ -1123,8 +1115,8 @@ def max_unpool2d(
 ) -> Tensor:
     """2-D max-unpooling, as ``torch.nn.functional.max_unpool2d``.
 
-    Every value goes to its index in the flattened output plane, the rest is 0. Where two values have
-    one index, the last in memory order stays, and it alone gets the gradient.
+    Every value goes to its index in the flattened output plane, the rest is 0. Where two values
+    have one index, the last in memory order stays, and it alone gets the gradient.
 
     Args:
         input: (N, C, H, W) or (C, H, W).

@@ -30,7 +30,7 @@ __all__ = [
 
 
 class _Layer:
-    """The keyword `impl` of every layer; a class attribute, so that exchanged layers have it too."""
+    """The keyword `impl` of every layer; a class attribute: exchanged layers have it too."""
 
     impl: str | None = None
     _function: Any
@@ -49,7 +49,7 @@ class _Conv(_Layer):
             kwargs["padding"] = "valid"
         super().__init__(*args, impl=impl, **kwargs)
         if same:
-            self.padding = "same"
+            setattr(self, "padding", "same")  # noqa: B010 - the type of torch's attribute differs
 
     def _conv_forward(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return type(self)._function(
@@ -212,8 +212,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def convert(model: Model, *, back: bool = False) -> Model:
     """Exchange every convolution and max-pooling layer of a model, in place.
 
-    Layers keep their parameters, hooks and identity: only their class changes. Subclasses of torch's
-    layers that other packages define are left alone, since they may compute something else.
+    Layers keep their parameters, hooks and identity: only their class changes. Subclasses of
+    torch's layers that other packages define are left alone: they may compute something else.
 
     Args:
         model: any module; itself a layer or a container of layers.

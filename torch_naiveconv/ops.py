@@ -7,7 +7,7 @@ a ``(before, after)`` pair per spatial axis.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ max_unpool = NAMESPACE.max_unpool.default
 max_unpool_gather = NAMESPACE.max_unpool_gather.default
 
 
-@lru_cache(maxsize=None)
+@cache
 def rows(kind: str, device: str) -> tuple[str, ...]:
     """The rows of a table (``"conv"`` or ``"pool"``) that can run on a device here, best first."""
     name = f"{device}_{kind}_rows"
@@ -128,18 +128,8 @@ def _(grad_output, weight, bias, input_size, stride, padding, dilation, groups, 
 
 
 @torch.library.register_fake("torch_naiveconv::conv_grad_weight")
-def _(
-    grad_output,
-    input,
-    total,
-    kernel_size,
-    stride,
-    padding,
-    dilation,
-    groups,
-    channels_last,
-    impl,
-):  # type: ignore[no-untyped-def]
+def _(grad_output, input, total, kernel_size, *geometry):  # type: ignore[no-untyped-def]
+    *_, groups, channels_last, _impl = geometry
     size = [grad_output.shape[1], input.shape[1] // groups, *kernel_size]
     dtype = None if total is None else total_dtype(input.dtype)
     return _empty(input, size, channels_last, dtype)

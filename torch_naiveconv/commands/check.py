@@ -1,8 +1,9 @@
 """Check gradients and values against torch: gradcheck, gradgradcheck and torch.nn.functional.
 
-Runs a table of small cases on every device and implementation present, in float64. "exact" compares
-with torch.nn.functional on small integers, where every order of additions gives the same numbers, so
-the results must be equal; "close" compares on random values within the bound of the summation error.
+Runs a table of small cases on every device and implementation present, in float64. "exact"
+compares with torch.nn.functional on small integers, where every order of additions gives the same
+numbers, so the results must be equal; "close" compares on random values within the bound of the
+summation error.
 """
 
 from __future__ import annotations
