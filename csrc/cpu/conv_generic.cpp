@@ -1,0 +1,11 @@
+// Row "generic" of the convolution table.
+#include "kernels.h"
+
+#define TNC_ISA generic
+#include "conv_kernels.h"
+#include "vec_generic.h"
+
+namespace torch_naiveconv {
+extern const ConvRow conv_generic;
+const ConvRow conv_generic{"generic", [] { return true; }, generic::run};
+}  // namespace torch_naiveconv
