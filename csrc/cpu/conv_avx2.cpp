@@ -15,8 +15,9 @@ static bool can_run() {
 #endif
 
 #define TNC_ISA avx2
-#include "conv_kernels.h"
 #include "vec_avx2.h"
+
+#include "conv_kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

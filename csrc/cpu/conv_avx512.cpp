@@ -18,8 +18,9 @@ static bool can_run() {
 #endif
 
 #define TNC_ISA avx512
-#include "conv_kernels.h"
 #include "vec_avx512.h"
+
+#include "conv_kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

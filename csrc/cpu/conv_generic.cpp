@@ -2,8 +2,9 @@
 #include "kernels.h"
 
 #define TNC_ISA generic
-#include "conv_kernels.h"
 #include "vec_generic.h"
+
+#include "conv_kernels.h"
 
 namespace torch_naiveconv {
 extern const ConvRow conv_generic;
