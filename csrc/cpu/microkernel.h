@@ -78,16 +78,16 @@ TNC_INLINE Tile<T> tile_of(int rows, int vecs) {
 
 // total[r] += the group, for all rows; total has `vecs` vectors a row.
 template <class T, int Chains>
-void multiply_rows(const T* const* row, int64_t rows, const int32_t* offset,
-                   const int32_t* length, const T* panel, int vecs, T* total, bool resume) {
+void multiply_rows(const T* const* row, int64_t rows, const int32_t* offset, const int32_t* length,
+                   const T* panel, int vecs, T* total, bool resume) {
   constexpr int step = TileSize<T, Chains>::rows;
   const Tile<T> full = tile_of<T, Chains>(step, vecs);
   int64_t r = 0;
   for (; r + step <= rows; r += step)
     full(row + r, offset, length, panel, total + r * vecs * Vec<T>::lanes, resume);
   if (r < rows)
-    tile_of<T, Chains>(static_cast<int>(rows - r), vecs)(
-        row + r, offset, length, panel, total + r * vecs * Vec<T>::lanes, resume);
+    tile_of<T, Chains>(static_cast<int>(rows - r), vecs)(row + r, offset, length, panel,
+                                                         total + r * vecs * Vec<T>::lanes, resume);
 }
 
 }  // namespace torch_naiveconv::TNC_ISA

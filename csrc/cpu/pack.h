@@ -50,7 +50,9 @@ inline Arena& task_arena() {  // what one task works in
 }
 
 template <class T>
-TNC_INLINE T widened(T x) { return x; }
+TNC_INLINE T widened(T x) {
+  return x;
+}
 TNC_INLINE float widened(BFloat16 x) {
   const uint32_t bits = uint32_t{x.bits} << 16;
   float wide;
