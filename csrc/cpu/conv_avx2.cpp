@@ -1,0 +1,31 @@
+// Row "avx2" of the convolution table: everything after the target switch is built for it.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+
+static bool can_run() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#define TNC_ISA avx2
+#include "vec_avx2.h"
+
+#include "conv_kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+namespace torch_naiveconv {
+extern const ConvRow conv_avx2;
+const ConvRow conv_avx2{"avx2", can_run, avx2::run};
+}  // namespace torch_naiveconv
+
+#endif

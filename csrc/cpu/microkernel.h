@@ -1,0 +1,93 @@
+// The innermost loops of a packed product: a tile of rows x lanes over one group of terms.
+//
+//   chain[i][j] = fma(row_i[offset[t]], panel[t][j], chain[i][j])     for every term t of the group
+//   total[i][j] = total[i][j] + chain[i][j]                           when the group is closed
+//
+// A row is anything that a pointer and an offset per term can address: one pixel's window in an
+// image, or one tap's plane. The panel holds the lanes of each term side by side. The chains of a
+// tile stay in registers for the whole group.
+#pragma once
+
+namespace torch_naiveconv::TNC_ISA {
+
+// Float and double close a group of one chain; the 16-bit types (computed in float) of two.
+constexpr int max_chains = 2;
+
+template <class T, int Chains>
+struct TileSize {
+  static constexpr int vecs = Vec<T>::registers == 32 ? 3 : 2;
+  static constexpr int rows = (Vec<T>::registers == 32 ? 8 : 6) / Chains;
+};
+
+// `length[c]` terms of chain c, chain after chain; `total` has Rows rows of Vecs vectors and is
+// begun from +0 unless `resume`.
+template <class T, int Chains, int Rows, int Vecs>
+void multiply_tile(const T* const* row, const int32_t* offset, const int32_t* length,
+                   const T* panel, T* total, bool resume) {
+  using V = Vec<T>;
+  constexpr int L = V::lanes;
+  const T* at[Rows];
+  V chain[Chains][Rows][Vecs];
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) at[i] = row[i];
+#pragma GCC unroll 2
+  for (int c = 0; c < Chains; ++c) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < Vecs; ++j) chain[c][i][j] = V::zero();
+    for (int32_t n = length[c]; n > 0; --n) {
+      const int64_t o = *offset++;
+      V lane[Vecs];
+#pragma GCC unroll 4
+      for (int j = 0; j < Vecs; ++j) lane[j] = V::load(panel + j * L);
+      panel += Vecs * L;
+#pragma GCC unroll 16
+      for (int i = 0; i < Rows; ++i) {
+        const V r = V::broadcast(at[i][o]);
+#pragma GCC unroll 4
+        for (int j = 0; j < Vecs; ++j) chain[c][i][j] = fma(r, lane[j], chain[c][i][j]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < Vecs; ++j) {
+      T* const p = total + (i * Vecs + j) * L;
+      V sum = chain[0][i][j];
+      if constexpr (Chains == 2) sum = sum + chain[1][i][j];
+      ((resume ? V::load(p) : V::zero()) + sum).store(p);
+    }
+}
+
+template <class T>
+using Tile = void (*)(const T* const*, const int32_t*, const int32_t*, const T*, T*, bool);
+
+// The tile of `rows` x `vecs`, 1 <= rows <= TileSize::rows, 1 <= vecs <= TileSize::vecs.
+template <class T, int Chains, int Rows = TileSize<T, Chains>::rows>
+TNC_INLINE Tile<T> tile_of(int rows, int vecs) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return tile_of<T, Chains, Rows - 1>(rows, vecs);
+  }
+  if constexpr (TileSize<T, Chains>::vecs == 3) {
+    if (vecs == 3) return multiply_tile<T, Chains, Rows, 3>;
+  }
+  return vecs == 2 ? multiply_tile<T, Chains, Rows, 2> : multiply_tile<T, Chains, Rows, 1>;
+}
+
+// total[r] += the group, for all rows; total has `vecs` vectors a row.
+template <class T, int Chains>
+void multiply_rows(const T* const* row, int64_t rows, const int32_t* offset, const int32_t* length,
+                   const T* panel, int vecs, T* total, bool resume) {
+  constexpr int step = TileSize<T, Chains>::rows;
+  const Tile<T> full = tile_of<T, Chains>(step, vecs);
+  int64_t r = 0;
+  for (; r + step <= rows; r += step)
+    full(row + r, offset, length, panel, total + r * vecs * Vec<T>::lanes, resume);
+  if (r < rows)
+    tile_of<T, Chains>(static_cast<int>(rows - r), vecs)(row + r, offset, length, panel,
+                                                         total + r * vecs * Vec<T>::lanes, resume);
+}
+
+}  // namespace torch_naiveconv::TNC_ISA

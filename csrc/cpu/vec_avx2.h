@@ -1,0 +1,158 @@
+// Vec<float> and Vec<double> on AVX2 with FMA and F16C: see vec_generic.h for the contract of each
+// function.
+#pragma once
+
+namespace torch_naiveconv::TNC_ISA {
+
+template <class T>
+struct Vec;
+
+// The first n of 8 (or 4) lanes: a window into 8 ones and 8 zeros.
+alignas(64) constexpr int32_t lane_window[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+
+// 16-bit elements have no masked loads and stores: through a full vector on the stack.
+template <class Narrow>
+TNC_INLINE __m128i load_some(const Narrow* p, int n) {
+  alignas(16) Narrow full[8] = {};
+  for (int i = 0; i < n; ++i) full[i] = p[i];
+  return _mm_load_si128(reinterpret_cast<const __m128i*>(full));
+}
+template <class Narrow>
+TNC_INLINE void store_some(Narrow* p, __m128i bits, int n) {
+  alignas(16) Narrow full[8];
+  _mm_store_si128(reinterpret_cast<__m128i*>(full), bits);
+  for (int i = 0; i < n; ++i) p[i] = full[i];
+}
+
+template <>
+struct Vec<float> {
+  static constexpr int lanes = 8;
+  static constexpr int registers = 16;
+  using Mask = __m256;
+  __m256 v;
+
+  static TNC_INLINE __m256i window(int n) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lane_window + 8 - n));
+  }
+  static TNC_INLINE Mask first(int n) { return _mm256_castsi256_ps(window(n)); }
+
+  static TNC_INLINE Vec zero() { return {_mm256_setzero_ps()}; }
+  static TNC_INLINE Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
+  static TNC_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static TNC_INLINE Vec load(const float* p, int n) { return {_mm256_maskload_ps(p, window(n))}; }
+  static TNC_INLINE Vec load(const Half* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+  static TNC_INLINE Vec load(const Half* p, int n) { return {_mm256_cvtph_ps(load_some(p, n))}; }
+  static TNC_INLINE Vec load(const BFloat16* p) {
+    return widened(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static TNC_INLINE Vec load(const BFloat16* p, int n) { return widened(load_some(p, n)); }
+
+  TNC_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
+  TNC_INLINE void store(float* p, int n) const { _mm256_maskstore_ps(p, window(n), v); }
+  TNC_INLINE void store(Half* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves());
+  }
+  TNC_INLINE void store(Half* p, int n) const { store_some(p, halves(), n); }
+  TNC_INLINE void store(BFloat16* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), brains());
+  }
+  TNC_INLINE void store(BFloat16* p, int n) const { store_some(p, brains(), n); }
+
+  friend TNC_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+  friend TNC_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  friend TNC_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+
+  friend TNC_INLINE Mask greater(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
+  friend TNC_INLINE Mask is_nan(Vec a) { return _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q); }
+  static TNC_INLINE bool any(Mask m) { return _mm256_movemask_ps(m) != 0; }
+  static TNC_INLINE Vec select(Mask m, Vec yes, Vec no) {
+    return {_mm256_blendv_ps(no.v, yes.v, m)};
+  }
+  friend TNC_INLINE Vec canonical(Vec a) {
+    return select(is_nan(a), {_mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000))}, a);
+  }
+
+  static TNC_INLINE void transpose(Vec (&r)[lanes]) {
+    __m256 b[8];
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {  // b[i + k]: column 4 * block + k of rows i..i+3
+      const __m256 lo0 = _mm256_unpacklo_ps(r[i].v, r[i + 1].v);
+      const __m256 hi0 = _mm256_unpackhi_ps(r[i].v, r[i + 1].v);
+      const __m256 lo1 = _mm256_unpacklo_ps(r[i + 2].v, r[i + 3].v);
+      const __m256 hi1 = _mm256_unpackhi_ps(r[i + 2].v, r[i + 3].v);
+      b[i] = _mm256_shuffle_ps(lo0, lo1, 0x44);
+      b[i + 1] = _mm256_shuffle_ps(lo0, lo1, 0xee);
+      b[i + 2] = _mm256_shuffle_ps(hi0, hi1, 0x44);
+      b[i + 3] = _mm256_shuffle_ps(hi0, hi1, 0xee);
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      r[k].v = _mm256_permute2f128_ps(b[k], b[4 + k], 0x20);
+      r[4 + k].v = _mm256_permute2f128_ps(b[k], b[4 + k], 0x31);
+    }
+  }
+
+ private:
+  static TNC_INLINE Vec widened(__m128i bits) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+  }
+  TNC_INLINE __m128i halves() const {
+    return _mm256_cvtps_ph(canonical(*this).v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  TNC_INLINE __m128i brains() const {
+    const __m256i u = _mm256_castps_si256(canonical(*this).v);
+    const __m256i even = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i up = _mm256_add_epi32(u, _mm256_add_epi32(even, _mm256_set1_epi32(0x7fff)));
+    const __m256i rounded = _mm256_srli_epi32(up, 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+  }
+};
+
+template <>
+struct Vec<double> {
+  static constexpr int lanes = 4;
+  static constexpr int registers = 16;
+  using Mask = __m256d;
+  __m256d v;
+
+  static TNC_INLINE __m256i window(int n) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lane_window + 8 - 2 * n));
+  }
+  static TNC_INLINE Mask first(int n) { return _mm256_castsi256_pd(window(n)); }
+
+  static TNC_INLINE Vec zero() { return {_mm256_setzero_pd()}; }
+  static TNC_INLINE Vec broadcast(double x) { return {_mm256_set1_pd(x)}; }
+  static TNC_INLINE Vec load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  static TNC_INLINE Vec load(const double* p, int n) { return {_mm256_maskload_pd(p, window(n))}; }
+  TNC_INLINE void store(double* p) const { _mm256_storeu_pd(p, v); }
+  TNC_INLINE void store(double* p, int n) const { _mm256_maskstore_pd(p, window(n), v); }
+
+  friend TNC_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_pd(a.v, b.v)}; }
+  friend TNC_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_pd(a.v, b.v)}; }
+  friend TNC_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+
+  friend TNC_INLINE Mask greater(Vec a, Vec b) { return _mm256_cmp_pd(a.v, b.v, _CMP_GT_OQ); }
+  friend TNC_INLINE Mask is_nan(Vec a) { return _mm256_cmp_pd(a.v, a.v, _CMP_UNORD_Q); }
+  static TNC_INLINE bool any(Mask m) { return _mm256_movemask_pd(m) != 0; }
+  static TNC_INLINE Vec select(Mask m, Vec yes, Vec no) {
+    return {_mm256_blendv_pd(no.v, yes.v, m)};
+  }
+  friend TNC_INLINE Vec canonical(Vec a) {
+    return select(is_nan(a), {_mm256_castsi256_pd(_mm256_set1_epi64x(0x7ff8000000000000))}, a);
+  }
+
+  static TNC_INLINE void transpose(Vec (&r)[lanes]) {
+    const __m256d lo0 = _mm256_unpacklo_pd(r[0].v, r[1].v);
+    const __m256d hi0 = _mm256_unpackhi_pd(r[0].v, r[1].v);
+    const __m256d lo1 = _mm256_unpacklo_pd(r[2].v, r[3].v);
+    const __m256d hi1 = _mm256_unpackhi_pd(r[2].v, r[3].v);
+    r[0].v = _mm256_permute2f128_pd(lo0, lo1, 0x20);
+    r[1].v = _mm256_permute2f128_pd(hi0, hi1, 0x20);
+    r[2].v = _mm256_permute2f128_pd(lo0, lo1, 0x31);
+    r[3].v = _mm256_permute2f128_pd(hi0, hi1, 0x31);
+  }
+};
+
+}  // namespace torch_naiveconv::TNC_ISA

@@ -1,0 +1,159 @@
+// Vec<float> and Vec<double> on AVX-512: see vec_generic.h for the contract of each function.
+#pragma once
+
+namespace torch_naiveconv::TNC_ISA {
+
+template <class T>
+struct Vec;
+
+template <>
+struct Vec<float> {
+  static constexpr int lanes = 16;
+  static constexpr int registers = 32;
+  using Mask = __mmask16;
+  __m512 v;
+
+  static TNC_INLINE Mask first(int n) { return static_cast<Mask>((1u << n) - 1); }
+
+  static TNC_INLINE Vec zero() { return {_mm512_setzero_ps()}; }
+  static TNC_INLINE Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
+  static TNC_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static TNC_INLINE Vec load(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+  static TNC_INLINE Vec load(const Half* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
+  static TNC_INLINE Vec load(const Half* p, int n) {
+    return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))};
+  }
+  static TNC_INLINE Vec load(const BFloat16* p) {
+    return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static TNC_INLINE Vec load(const BFloat16* p, int n) {
+    return widened(_mm256_maskz_loadu_epi16(first(n), p));
+  }
+
+  TNC_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+  TNC_INLINE void store(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+  TNC_INLINE void store(Half* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves());
+  }
+  TNC_INLINE void store(Half* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), halves()); }
+  TNC_INLINE void store(BFloat16* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), brains());
+  }
+  TNC_INLINE void store(BFloat16* p, int n) const {
+    _mm256_mask_storeu_epi16(p, first(n), brains());
+  }
+
+  friend TNC_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+  friend TNC_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  friend TNC_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+
+  friend TNC_INLINE Mask greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+  friend TNC_INLINE Mask is_nan(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
+  static TNC_INLINE bool any(Mask m) { return m != 0; }
+  static TNC_INLINE Vec select(Mask m, Vec yes, Vec no) {
+    return {_mm512_mask_blend_ps(m, no.v, yes.v)};
+  }
+  friend TNC_INLINE Vec canonical(Vec a) {
+    return select(is_nan(a), {_mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000))}, a);
+  }
+
+  static TNC_INLINE void transpose(Vec (&r)[lanes]) {
+    __m512 a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 2) {
+      a[i] = _mm512_unpacklo_ps(r[i].v, r[i + 1].v);
+      a[i + 1] = _mm512_unpackhi_ps(r[i].v, r[i + 1].v);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {  // b[i + k]: column 4 * block + k of rows i..i+3
+      b[i] = _mm512_shuffle_ps(a[i], a[i + 2], 0x44);
+      b[i + 1] = _mm512_shuffle_ps(a[i], a[i + 2], 0xee);
+      b[i + 2] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+      b[i + 3] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {  // 128-bit blocks: rows 0, 4, 8, 12 of column 4 * block + k
+      const __m512 even01 = _mm512_shuffle_f32x4(b[k], b[4 + k], 0x88);
+      const __m512 odd01 = _mm512_shuffle_f32x4(b[k], b[4 + k], 0xdd);
+      const __m512 even23 = _mm512_shuffle_f32x4(b[8 + k], b[12 + k], 0x88);
+      const __m512 odd23 = _mm512_shuffle_f32x4(b[8 + k], b[12 + k], 0xdd);
+      r[k].v = _mm512_shuffle_f32x4(even01, even23, 0x88);
+      r[8 + k].v = _mm512_shuffle_f32x4(even01, even23, 0xdd);
+      r[4 + k].v = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
+      r[12 + k].v = _mm512_shuffle_f32x4(odd01, odd23, 0xdd);
+    }
+  }
+
+ private:
+  static TNC_INLINE Vec widened(__m256i bits) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+  }
+  TNC_INLINE __m256i halves() const {
+    return _mm512_cvtps_ph(canonical(*this).v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  TNC_INLINE __m256i brains() const {
+    const __m512i u = _mm512_castps_si512(v);
+    const __m512i even = _mm512_and_epi32(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(u, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
+    const __m512i rounded = _mm512_srli_epi32(up, 16);
+    return _mm512_cvtepi32_epi16(
+        _mm512_mask_blend_epi32(is_nan(*this), rounded, _mm512_set1_epi32(0x7fc0)));
+  }
+};
+
+template <>
+struct Vec<double> {
+  static constexpr int lanes = 8;
+  static constexpr int registers = 32;
+  using Mask = __mmask8;
+  __m512d v;
+
+  static TNC_INLINE Mask first(int n) { return static_cast<Mask>((1u << n) - 1); }
+
+  static TNC_INLINE Vec zero() { return {_mm512_setzero_pd()}; }
+  static TNC_INLINE Vec broadcast(double x) { return {_mm512_set1_pd(x)}; }
+  static TNC_INLINE Vec load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  static TNC_INLINE Vec load(const double* p, int n) {
+    return {_mm512_maskz_loadu_pd(first(n), p)};
+  }
+  TNC_INLINE void store(double* p) const { _mm512_storeu_pd(p, v); }
+  TNC_INLINE void store(double* p, int n) const { _mm512_mask_storeu_pd(p, first(n), v); }
+
+  friend TNC_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_pd(a.v, b.v)}; }
+  friend TNC_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_pd(a.v, b.v)}; }
+  friend TNC_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+
+  friend TNC_INLINE Mask greater(Vec a, Vec b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ); }
+  friend TNC_INLINE Mask is_nan(Vec a) { return _mm512_cmp_pd_mask(a.v, a.v, _CMP_UNORD_Q); }
+  static TNC_INLINE bool any(Mask m) { return m != 0; }
+  static TNC_INLINE Vec select(Mask m, Vec yes, Vec no) {
+    return {_mm512_mask_blend_pd(m, no.v, yes.v)};
+  }
+  friend TNC_INLINE Vec canonical(Vec a) {
+    return select(is_nan(a), {_mm512_castsi512_pd(_mm512_set1_epi64(0x7ff8000000000000))}, a);
+  }
+
+  static TNC_INLINE void transpose(Vec (&r)[lanes]) {
+    __m512d a[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {  // a[i + k]: column 2 * block + k of rows i, i+1
+      a[i] = _mm512_unpacklo_pd(r[i].v, r[i + 1].v);
+      a[i + 1] = _mm512_unpackhi_pd(r[i].v, r[i + 1].v);
+    }
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; ++k) {
+      const __m512d even01 = _mm512_shuffle_f64x2(a[k], a[2 + k], 0x88);
+      const __m512d odd01 = _mm512_shuffle_f64x2(a[k], a[2 + k], 0xdd);
+      const __m512d even23 = _mm512_shuffle_f64x2(a[4 + k], a[6 + k], 0x88);
+      const __m512d odd23 = _mm512_shuffle_f64x2(a[4 + k], a[6 + k], 0xdd);
+      r[k].v = _mm512_shuffle_f64x2(even01, even23, 0x88);
+      r[4 + k].v = _mm512_shuffle_f64x2(even01, even23, 0xdd);
+      r[2 + k].v = _mm512_shuffle_f64x2(odd01, odd23, 0x88);
+      r[6 + k].v = _mm512_shuffle_f64x2(odd01, odd23, 0xdd);
+    }
+  }
+};
+
+}  // namespace torch_naiveconv::TNC_ISA
