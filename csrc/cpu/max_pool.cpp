@@ -6,9 +6,14 @@
 
 namespace torch_naiveconv {
 
-extern const PoolRow pool_naive;
+extern const PoolRow pool_avx512, pool_avx2, pool_generic, pool_naive;
 
 const PoolRow* const pool_rows[] = {
+#if defined(__x86_64__)
+    &pool_avx512,
+    &pool_avx2,
+#endif
+    &pool_generic,
     &pool_naive,
 };
 const int pool_row_count = sizeof(pool_rows) / sizeof(pool_rows[0]);

@@ -34,6 +34,10 @@ extern const int pool_row_count;
 // Runs the first row that takes the call, beginning with the one called `first` ("auto": the top).
 bool run_pool(const PoolProblem& problem, const char* first);
 
+// One output of a forward call by the specification: for the few windows that a faster row finds
+// ambiguous.
+void max_pool_forward_at(const PoolProblem& problem, Position output);
+
 // Max-unpooling of planes: output[plane][indices[plane][j]] = input[plane][j], the last j winning,
 // the rest +0; and its transpose. Both return false, nothing promised of the output, if an index is
 // not in [0, outputs). All tensors contiguous.

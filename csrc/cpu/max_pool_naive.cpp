@@ -29,21 +29,22 @@ void for_each_element(const PoolShape& s, bool of_output, const Body& body) {
 }
 
 template <class T>
-void forward(const PoolProblem& p) {
+void forward_at(const PoolProblem& p, Position o) {
   const PoolShape& s = p.shape;
-  const auto input = p.input.as<const T>();
-  const auto output = p.output.as<T>();
+  const Winner<T> best = max_pool_at(s, p.input.as<const T>(), p.ties, o.n, o.c, o.d, o.h, o.w);
+  p.output.as<T>().at(o.n, o.c, o.d, o.h, o.w) = best.value;
+  if (p.kind == IndexKind::none) return;
+  const int64_t chosen =
+      p.kind == IndexKind::flat ? s.flat_of_offset(best.offset, o.d, o.h, o.w) : best.offset;
   with_index_type(p.index_type, [&](auto tag) {
     using Index = typename decltype(tag)::type;
-    const auto index = p.index.as<Index>();
-    for_each_element(s, true, [&](Position o) {
-      const Winner<T> best = max_pool_at(s, input, p.ties, o.n, o.c, o.d, o.h, o.w);
-      output.at(o.n, o.c, o.d, o.h, o.w) = best.value;
-      if (p.kind != IndexKind::none)
-        index.at(o.n, o.c, o.d, o.h, o.w) = static_cast<Index>(
-            p.kind == IndexKind::flat ? s.flat_of_offset(best.offset, o.d, o.h, o.w) : best.offset);
-    });
+    p.index.as<Index>().at(o.n, o.c, o.d, o.h, o.w) = static_cast<Index>(chosen);
   });
+}
+
+template <class T>
+void forward(const PoolProblem& p) {
+  for_each_element(p.shape, true, [&](Position o) { forward_at<T>(p, o); });
 }
 
 template <class T>
@@ -128,6 +129,10 @@ void unpool(const UnpoolProblem& p) {
 }
 
 }  // namespace
+
+void max_pool_forward_at(const PoolProblem& p, Position output) {
+  with_type(p.dtype, [&](auto tag) { forward_at<typename decltype(tag)::type>(p, output); });
+}
 
 bool run_unpool(const UnpoolProblem& p) {
   for (int64_t i = 0; i < p.planes * p.inputs; ++i)

@@ -1,0 +1,59 @@
+// Row "avx2" of the pooling table: everything after the target switch is built for it.
+#include <algorithm>
+#include <new>
+#include <utility>
+
+#include "max_pool.h"
+#include "parallel.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+static bool can_run() { return __builtin_cpu_supports("avx2"); }
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#else
+#pragma GCC target("avx2")
+#endif
+
+#define TNC_ISA avx2
+namespace torch_naiveconv {
+namespace TNC_ISA {
+namespace {
+constexpr int vector_bytes = 32;
+
+// Loads and stores of the lanes whose mask is all ones; no other memory is touched.
+struct Masked {
+  template <class L, class Mask>
+  static auto load(const L* from, Mask mask) {
+    typedef L V __attribute__((vector_size(vector_bytes)));
+    if constexpr (sizeof(L) == 4)
+      return (V)_mm256_maskload_epi32(reinterpret_cast<const int*>(from), (__m256i)mask);
+    else
+      return (V)_mm256_maskload_epi64(reinterpret_cast<const long long*>(from), (__m256i)mask);
+  }
+  template <class L, class Mask, class V>
+  static void store(L* to, Mask mask, V v) {
+    if constexpr (sizeof(L) == 4)
+      _mm256_maskstore_epi32(reinterpret_cast<int*>(to), (__m256i)mask, (__m256i)v);
+    else
+      _mm256_maskstore_epi64(reinterpret_cast<long long*>(to), (__m256i)mask, (__m256i)v);
+  }
+};
+}  // namespace
+}  // namespace TNC_ISA
+}  // namespace torch_naiveconv
+
+#include "pool_kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+namespace torch_naiveconv {
+extern const PoolRow pool_avx2;
+const PoolRow pool_avx2{"avx2", can_run, avx2::run};
+}  // namespace torch_naiveconv
+
+#endif

@@ -1,0 +1,40 @@
+// Row "generic" of the pooling table: 16-byte vectors, for any processor the library is built for.
+#include <algorithm>
+#include <new>
+#include <utility>
+
+#include "max_pool.h"
+#include "parallel.h"
+
+#define TNC_ISA generic
+namespace torch_naiveconv {
+namespace TNC_ISA {
+namespace {
+constexpr int vector_bytes = 16;
+
+// Loads and stores of the lanes whose mask is all ones; no other memory is touched.
+struct Masked {
+  template <class L, class Mask>
+  static auto load(const L* from, Mask mask) {
+    typedef L V __attribute__((vector_size(vector_bytes)));
+    V v{};
+    for (int i = 0; i < vector_bytes / int(sizeof(L)); ++i)
+      if (mask[i]) v[i] = from[i];
+    return v;
+  }
+  template <class L, class Mask, class V>
+  static void store(L* to, Mask mask, V v) {
+    for (int i = 0; i < vector_bytes / int(sizeof(L)); ++i)
+      if (mask[i]) to[i] = v[i];
+  }
+};
+}  // namespace
+}  // namespace TNC_ISA
+}  // namespace torch_naiveconv
+
+#include "pool_kernels.h"
+
+namespace torch_naiveconv {
+extern const PoolRow pool_generic;
+const PoolRow pool_generic{"generic", [] { return true; }, generic::run};
+}  // namespace torch_naiveconv

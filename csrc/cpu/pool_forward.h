@@ -1,0 +1,745 @@
+// The forward pass of the vector rows. Included inside a row's namespace and target region.
+//
+// Everything is made of one step, `challenge`, and one loop, `fold`: the winner among a few taps
+// that lie at fixed distances in memory. A window is separable in the order of the specification:
+// first the winners along the width, then those of rows, then those of planes; the earlier one
+// keeps its place in every step, so ties, NaN and the sign of a zero come out as in one scan.
+//
+// Two ways through it, Forward::pool chooses:
+//   direct   small windows: every tap is loaded from the input itself
+//   staged   the input of a tile is copied to lanes, padded with the lowest value and with the
+//            columns of one stride phase side by side; long windows by doubling
+//
+// Lowest values can stand for padding because they win no comparison; only where the maximum
+// itself is the lowest value may the index be that of padding, and such a window is done again by
+// the specification (`repair`).
+
+// ---- elements: reading to lanes, writing from lanes ---------------------------------------------
+
+// to[i] = from[i * stride]
+template <class T>
+void read_strided(const void* from, int64_t stride, int64_t count, Lane<T>* __restrict to) {
+  const T* const source = static_cast<const T*>(from);
+  if (stride == 1)
+    for (int64_t i = 0; i < count; ++i) to[i] = to_lane(source[i]);
+  else
+    for (int64_t i = 0; i < count; ++i) to[i] = to_lane(source[i * stride]);
+}
+// to[phase * pitch + i] = from[i * phases + phase]
+template <class T, int phases>
+void read_split(const void* from, int64_t count, Lane<T>* __restrict to, int64_t pitch) {
+  const T* const source = static_cast<const T*>(from);
+  for (int64_t i = 0; i < count; ++i)
+    for (int phase = 0; phase < phases; ++phase)
+      to[phase * pitch + i] = to_lane(source[i * phases + phase]);
+}
+template <class T>
+void write_strided(void* to, int64_t stride, int64_t count, const Lane<T>* __restrict from) {
+  T* const target = static_cast<T*>(to);
+  if (stride == 1)
+    for (int64_t i = 0; i < count; ++i) target[i] = from_lane<T>(from[i]);
+  else
+    for (int64_t i = 0; i < count; ++i) target[i * stride] = from_lane<T>(from[i]);
+}
+// to[i * stride] = from[i] + base + i * step
+template <class Index, class I>
+void write_indices(void* to, int64_t stride, int64_t count, const I* __restrict from, int64_t base,
+                   int64_t step) {
+  Index* const target = static_cast<Index*>(to);
+  if (base == 0 && step == 0 && stride == 1)
+    for (int64_t i = 0; i < count; ++i) target[i] = static_cast<Index>(from[i]);
+  else
+    for (int64_t i = 0; i < count; ++i)
+      target[i * stride] = static_cast<Index>(from[i] + base + i * step);
+}
+
+// What the kernels need to know of an element type and an index type, beside its lane.
+template <class L>
+struct Codec {
+  using Split = void (*)(const void*, int64_t, L*, int64_t);
+  L lowest;
+  int64_t size, index_size;
+  bool is_lane;
+  void (*read)(const void*, int64_t, int64_t, L*);
+  Split split[5];  // by the number of phases; null: phase after phase
+  void (*write)(void*, int64_t, int64_t, const L*);
+  void (*write_index)(void*, int64_t, int64_t, const LaneIndex<L>*, int64_t, int64_t);
+
+  template <class T>
+  static Codec of(IndexType type) {
+    Codec codec{to_lane(torch_naiveconv::lowest<T>()),
+                sizeof(T),
+                0,
+                is_lane_type<T>,
+                read_strided<T>,
+                {nullptr, nullptr, read_split<T, 2>, read_split<T, 3>, read_split<T, 4>},
+                write_strided<T>,
+                nullptr};
+    const auto set = [&](auto tag) {
+      using Index = decltype(tag);
+      codec.index_size = sizeof(Index);
+      codec.write_index = write_indices<Index, LaneIndex<L>>;
+    };
+    switch (type) {
+      case IndexType::uint8: set(uint8_t{}); break;
+      case IndexType::int16: set(int16_t{}); break;
+      case IndexType::int32: set(int32_t{}); break;
+      case IndexType::int64: set(int64_t{}); break;
+    }
+    return codec;
+  }
+};
+
+// ---- the step and the loop ----------------------------------------------------------------------
+
+template <class L>
+struct Best {
+  Vec<L> value;
+  VecIndex<L> index;
+};
+
+template <bool indexed, bool last, class L>
+inline void challenge(Best<L>& best, const Best<L>& next) {
+  const VecIndex<L> won = wins<last, L>(next.value, best.value);
+  best.value = won ? next.value : best.value;
+  if constexpr (indexed) best.index = won ? next.index : best.index;
+}
+
+// Where a tap lies, in elements from the first, and what it adds to the index.
+struct Tap {
+  int64_t at, index;
+};
+
+// Rows of lanes. No index: every one is 0.
+template <class L>
+struct Rows {
+  L* value = nullptr;
+  LaneIndex<L>* index = nullptr;
+  int64_t pitch = 0;
+
+  Rows at(int64_t offset) const {
+    return {value + offset, index ? index + offset : nullptr, pitch};
+  }
+};
+
+// to[r][i] = the winner among from[r][i + tap], r < rows, i < count. May work in place on a single
+// row. Unless `exact`, up to a vector behind every row is read and written too.
+template <bool indexed, bool last, bool exact, bool carried, class L>
+void fold_as(Rows<L> to, Rows<L> from, int64_t rows, int64_t count, const Tap* taps,
+             int64_t tap_count) {
+  using I = LaneIndex<L>;
+  for (int64_t r = 0; r < rows; ++r) {
+    const L* const value = from.value + r * from.pitch;
+    const I* const index = carried ? from.index + r * from.pitch : nullptr;
+    for (int64_t i = 0; i < count; i += lanes<L>) {
+      const bool whole = !exact || i + lanes<L> <= count;
+      const auto tap = [&](const Tap& t) {
+        Best<L> best;
+        const L* const place = value + i + t.at;
+        best.value = whole ? load(place) : load_clipped(place, 0, count - i, L(0));
+        if constexpr (indexed) {
+          best.index = broadcast(static_cast<I>(t.index));
+          if constexpr (carried) best.index += load(index + i + t.at);
+        }
+        return best;
+      };
+      Best<L> best = tap(taps[0]);
+      for (int64_t k = 1; k < tap_count; ++k) challenge<indexed, last, L>(best, tap(taps[k]));
+      L* const target = to.value + r * to.pitch + i;
+      if (whole)
+        store(target, best.value);
+      else
+        store_first(target, count - i, best.value);
+      if constexpr (indexed) store(to.index + r * to.pitch + i, best.index);
+    }
+  }
+}
+
+// ---- small windows, straight from the input
+// ------------------------------------------------------
+
+template <class L>
+struct InputRow {
+  const L* data;
+  LaneIndex<L> index;  // what the row adds to the index
+};
+
+// The winners of V = lanes<L> windows next to each other in one row, `first` the position of the
+// first window's first tap. Loads reach no further than the last window's last tap.
+template <int stride, int kernel, bool inside, bool indexed, bool last, class L>
+inline Best<L> row_winners(const InputRow<L>& row, int64_t first, int64_t size, L low,
+                           LaneIndex<L> step) {
+  constexpr int V = lanes<L>;
+  const auto at = [&](int64_t offset) {
+    if constexpr (inside)
+      return load(row.data + first + offset);
+    else
+      return load_clipped(row.data, first + offset, size, low);
+  };
+  Vec<L> tap[kernel];
+  if constexpr (stride == 1) {
+    for (int k = 0; k < kernel; ++k) tap[k] = at(k);
+  } else if constexpr (stride == 2) {
+    const Vec<L> a = at(0), b = at(V);
+    tap[0] = evens<L>(a, b);
+    if constexpr (kernel == 2) {
+      tap[1] = odds<L>(a, b);
+    } else {
+      static_assert(kernel == 3, "two or three taps at stride 2");
+      const Vec<L> c = at(1), d = at(V + 1);
+      tap[1] = evens<L>(c, d);
+      tap[2] = odds<L>(c, d);
+    }
+  } else {
+    static_assert(stride == 4 && kernel == 4, "no other strides");
+    const Vec<L> a = at(0), b = at(V), c = at(2 * V), d = at(3 * V);
+    const Vec<L> even[2] = {evens<L>(a, b), evens<L>(c, d)};
+    const Vec<L> odd[2] = {odds<L>(a, b), odds<L>(c, d)};
+    tap[0] = evens<L>(even[0], even[1]);
+    tap[1] = evens<L>(odd[0], odd[1]);
+    tap[2] = odds<L>(even[0], even[1]);
+    tap[3] = odds<L>(odd[0], odd[1]);
+  }
+  Best<L> best{tap[0], broadcast(row.index)};
+  for (int k = 1; k < kernel; ++k)
+    challenge<indexed, last, L>(
+        best, Best<L>{tap[k], broadcast(static_cast<LaneIndex<L>>(row.index + k * step))});
+  return best;
+}
+
+// One row of outputs from the rows of the input that its windows meet.
+template <int stride, int kernel, bool indexed, bool last, class L>
+void pool_row(const InputRow<L>* rows, int64_t row_count, const Axis& width, L low,
+              LaneIndex<L> step, L* output, LaneIndex<L>* index) {
+  constexpr int V = lanes<L>;
+  for (int64_t o = 0; o < width.out; o += V) {
+    // The last vector overlaps the one before it rather than being a part of one.
+    if (o + V > width.out && width.out >= V) o = width.out - V;
+    const int64_t first = o * stride - width.pad;
+    const auto winners = [&](auto inside) {
+      const auto of_row = [&](const InputRow<L>& row) {
+        return row_winners<stride, kernel, decltype(inside)::value, indexed, last, L>(
+            row, first, width.in, low, step);
+      };
+      Best<L> best = of_row(rows[0]);
+      for (int64_t r = 1; r < row_count; ++r) challenge<indexed, last, L>(best, of_row(rows[r]));
+      return best;
+    };
+    const bool inside = first >= 0 && first + (V - 1) * stride + kernel <= width.in;
+    const Best<L> best = inside ? winners(std::true_type{}) : winners(std::false_type{});
+    store_first(output + o, width.out - o, best.value);
+    if constexpr (indexed) store(index + o, best.index);
+  }
+}
+
+// ---- a call -------------------------------------------------------------------------------------
+
+// Memory of one task, in lanes of 4 or 8 bytes, a vector of slack behind every part.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes)
+      : data_(static_cast<char*>(
+            ::operator new(static_cast<size_t>(bytes), std::align_val_t{alignment}))) {}
+  ~Scratch() { ::operator delete(data_, std::align_val_t{alignment}); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  static int64_t bytes_of(int64_t count, size_t size) {
+    return (count * static_cast<int64_t>(size) + 2 * alignment - 1) / alignment * alignment;
+  }
+  template <class T>
+  T* take(int64_t count) {
+    T* const part = reinterpret_cast<T*>(data_ + used_);
+    used_ += bytes_of(count, sizeof(T));
+    return part;
+  }
+
+ private:
+  static constexpr int64_t alignment = 64;
+  char* data_;
+  int64_t used_ = 0;
+};
+
+template <class L, bool indexed, bool last>
+class Forward {
+ public:
+  Forward(const PoolProblem& problem, const Codec<L>& codec)
+      : p_(problem), s_(problem.shape), codec_(codec) {
+    channels_last_ = p_.input.stride[1] == 1 && p_.output.stride[1] == 1 && s_.channels > 1 &&
+                     p_.input.stride[4] != 1;
+    choose_way();
+    choose_tile();
+  }
+
+  void run() const {
+    const int64_t outputs = tile_.rows * tile_.columns * group_;
+    parallel_for(s_.batch * blocks_ * s_.axis[0].out * bands_ * strips_,
+                 1 + 16384 / (outputs * window_cost() + 1), FloatEnvironment::gradual,
+                 [&](int64_t begin, int64_t end) {
+                   Scratch scratch(scratch_bytes());
+                   const Buffers buffers = take_buffers(scratch);
+                   for (int64_t task = begin; task < end; ++task) pool(tile_of(task), buffers);
+                 });
+  }
+
+ private:
+  using I = LaneIndex<L>;
+  using RowKernel = void (*)(const InputRow<L>*, int64_t, const Axis&, L, I, L*, I*);
+
+  // Outputs [row, row + rows) x [column, column + columns) of depth od, for `lanes` channels.
+  struct Tile {
+    int64_t n = 0, channel = 0, lanes = 1, od = 0, row = 0, rows = 0, column = 0, columns = 0;
+  };
+  struct Buffers {
+    L* staged;
+    Rows<L> across, down, deep;
+    InputRow<L>* input_rows;
+    Tap* taps;
+  };
+
+  // ---- the plan
+
+  bool inner_strides(const RawView& view) const {
+    return channels_last_ ? view.stride[4] >= s_.channels : view.stride[4] == 1;
+  }
+
+  void choose_way() {
+    const Axis &h = s_.axis[1], &w = s_.axis[2];
+    // Weights of a tap in the index: its flat displacement, or its number in the window.
+    const bool flat = p_.kind == IndexKind::flat;
+    weight_[2] = flat ? w.dilation : 1;
+    weight_[1] = flat ? h.dilation * w.in : w.kernel;
+    weight_[0] = flat ? s_.axis[0].dilation * h.in * w.in : w.kernel * h.kernel;
+
+    double_across_ = w.stride == 1 && doublings(w.kernel) < w.kernel - 1;
+    double_down_ = h.stride * doublings(h.kernel) < h.kernel - 1;
+    if (!codec_.is_lane || !inner_strides(p_.input) || !inner_strides(p_.output)) return;
+    if (channels_last_) {
+      direct_ = s_.taps() <= 9 || (s_.taps() <= 27 && s_.axis[0].kernel > 1);
+    } else if (w.dilation == 1 && s_.axis[0].kernel * h.kernel <= 9) {
+      row_kernel_ = row_kernel(w.stride, w.kernel);
+      direct_ = row_kernel_ != nullptr;
+    }
+  }
+
+  static RowKernel row_kernel(int64_t stride, int64_t kernel) {
+    if (stride == 1 && kernel == 2) return pool_row<1, 2, indexed, last, L>;
+    if (stride == 1 && kernel == 3) return pool_row<1, 3, indexed, last, L>;
+    if (stride == 2 && kernel == 2) return pool_row<2, 2, indexed, last, L>;
+    if (stride == 2 && kernel == 3) return pool_row<2, 3, indexed, last, L>;
+    if (stride == 4 && kernel == 4) return pool_row<4, 4, indexed, last, L>;
+    return nullptr;
+  }
+
+  // Steps of a doubling: winners of 2, 4, 8 ... taps, then two overlapping runs.
+  static int64_t doublings(int64_t kernel) {
+    int64_t steps = 0, span = 1;
+    for (; 2 * span <= kernel; span *= 2) ++steps;
+    return steps + (span < kernel ? 1 : 0);
+  }
+
+  // Inputs that `outputs` windows next to each other span.
+  static int64_t extent(const Axis& a, int64_t outputs) {
+    return (outputs - 1) * a.stride + (a.kernel - 1) * a.dilation + 1;
+  }
+  static int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+  void choose_tile() {
+    const Axis &h = s_.axis[1], &w = s_.axis[2];
+    const int64_t budget = 16384 / int64_t(sizeof(L));  // lanes to stage: half of a small L1
+    group_ = !channels_last_ ? 1 : direct_ || s_.channels <= 256 ? s_.channels : 128;
+    blocks_ = channels_last_ ? up(s_.channels, group_) : s_.channels;
+    tile_.columns = w.out;
+    if (direct_) {
+      const int64_t row = w.out * group_ * s_.taps();
+      tile_.rows = std::clamp<int64_t>(16384 / row, 1, h.out);
+    } else {
+      const int64_t halo = (w.kernel - 1) * w.dilation + 1;
+      if (extent(w, w.out) * group_ > budget)
+        tile_.columns =
+            std::clamp<int64_t>(std::max(budget / group_, 2 * halo) / w.stride, 1, w.out);
+      const int64_t row = extent(w, tile_.columns) * group_;
+      const int64_t rows = std::max(budget / row, std::min(2 * extent(h, 1), 16 * budget / row));
+      tile_.rows = std::clamp<int64_t>(rows / h.stride, 1, h.out);
+    }
+    // Tiles of one size, rather than a small one at the end.
+    bands_ = up(h.out, tile_.rows), strips_ = up(w.out, tile_.columns);
+    tile_.rows = up(h.out, bands_), tile_.columns = up(w.out, strips_);
+    bands_ = up(h.out, tile_.rows), strips_ = up(w.out, tile_.columns);
+
+    slots_ = up(extent(w, tile_.columns), w.stride);
+    staged_rows_ = extent(h, tile_.rows);
+    phase_size_ = staged_rows_ * slots_ * group_;
+  }
+
+  // A rough number of vector steps for one output.
+  int64_t window_cost() const {
+    const auto axis = [](const Axis& a, bool doubled) {
+      return doubled ? doublings(a.kernel) : a.kernel;
+    };
+    return 1 + (axis(s_.axis[1], double_down_) + axis(s_.axis[2], double_across_)) *
+                   s_.axis[0].kernel / 4;
+  }
+
+  Tile tile_of(int64_t task) const {
+    Tile t;
+    t.column = task % strips_ * tile_.columns, task /= strips_;
+    t.row = task % bands_ * tile_.rows, task /= bands_;
+    t.od = task % s_.axis[0].out, task /= s_.axis[0].out;
+    t.channel = task % blocks_ * group_;
+    t.n = task / blocks_;
+    t.lanes = std::min(group_, channels_last_ ? s_.channels - t.channel : 1);
+    t.rows = std::min(tile_.rows, s_.axis[1].out - t.row);
+    t.columns = std::min(tile_.columns, s_.axis[2].out - t.column);
+    return t;
+  }
+
+  int64_t tap_room() const {
+    return direct_ ? s_.taps()
+                   : std::max(s_.axis[2].kernel, std::max<int64_t>(s_.axis[1].kernel, 2));
+  }
+  // Lanes behind the staged rows that the last of them reads with its last tap.
+  int64_t staged_size() const {
+    const Axis& w = s_.axis[2];
+    return w.stride * (phase_size_ + (w.kernel - 1) * w.dilation / w.stride * group_) + lanes<L>;
+  }
+  int64_t result_size() const { return tile_.rows * tile_.columns * group_ + lanes<L>; }
+  int64_t scratch_bytes() const {
+    const int64_t both = sizeof(L) + sizeof(I), slack = 1024;
+    int64_t bytes = s_.axis[0].kernel * s_.axis[1].kernel * int64_t(sizeof(InputRow<L>)) +
+                    tap_room() * int64_t(sizeof(Tap)) + slack;
+    if (direct_) return bytes + (tile_.columns * group_ + lanes<L>)*int64_t(sizeof(I));
+    return bytes + staged_size() * both + (phase_size_ + lanes<L>)*both + 2 * result_size() * both;
+  }
+  Buffers take_buffers(Scratch& scratch) const {
+    Buffers b{};
+    b.input_rows = scratch.take<InputRow<L>>(s_.axis[0].kernel * s_.axis[1].kernel);
+    b.taps = scratch.take<Tap>(tap_room());
+    if (direct_) {
+      b.down.index = scratch.take<I>(tile_.columns * group_ + lanes<L>);
+      return b;
+    }
+    const auto rows = [&](int64_t size) {
+      Rows<L> r;
+      r.value = scratch.take<L>(size);
+      r.index = scratch.take<I>(size);
+      return r;
+    };
+    b.staged = scratch.take<L>(staged_size());
+    b.across = rows(phase_size_ + lanes<L>);
+    b.down = rows(result_size());
+    b.deep = rows(result_size());
+    return b;
+  }
+
+  // ---- places in the tensors
+
+  static int64_t offset(const RawView& v, int64_t n, int64_t c, int64_t d, int64_t h, int64_t w) {
+    return n * v.stride[0] + c * v.stride[1] + d * v.stride[2] + h * v.stride[3] + w * v.stride[4];
+  }
+  const char* input_at(const Tile& t, int64_t id, int64_t ih, int64_t iw) const {
+    return static_cast<const char*>(p_.input.data) +
+           offset(p_.input, t.n, t.channel, id, ih, iw) * codec_.size;
+  }
+  char* output_at(const Tile& t, int64_t oh, int64_t ow) const {
+    return static_cast<char*>(p_.output.data) +
+           offset(p_.output, t.n, t.channel, t.od, oh, ow) * codec_.size;
+  }
+  char* index_at(const Tile& t, int64_t oh, int64_t ow) const {
+    return static_cast<char*>(p_.index.data) +
+           offset(p_.index, t.n, t.channel, t.od, oh, ow) * codec_.index_size;
+  }
+  // Do all taps of output o exist?
+  static bool whole(const Axis& a, int64_t o) {
+    return a.holds_input(a.input_of(o, 0)) && a.holds_input(a.input_of(o, a.kernel - 1));
+  }
+
+  void write_row_index(const Tile& t, int64_t oh, const I* index) const {
+    const Axis& w = s_.axis[2];
+    int64_t base = 0, step = 0;
+    if (p_.kind == IndexKind::flat) {
+      base = s_.flat_of(s_.axis[0].input_of(t.od, 0), s_.axis[1].input_of(oh, 0),
+                        w.input_of(t.column, 0));
+      step = w.stride;
+    }
+    const int64_t outer = p_.index.stride[4];
+    if (!channels_last_)
+      return codec_.write_index(index_at(t, oh, t.column), outer, t.columns, index, base, step);
+    if (step == 0 && outer == t.lanes && p_.index.stride[1] == 1)
+      return codec_.write_index(index_at(t, oh, t.column), 1, t.columns * t.lanes, index, 0, 0);
+    for (int64_t j = 0; j < t.columns; ++j)
+      codec_.write_index(index_at(t, oh, t.column + j), p_.index.stride[1], t.lanes,
+                         index + j * t.lanes, base + j * step, 0);
+  }
+
+  // Does windows [first, end) of a row again where the value is the one that stands for padding.
+  void repair(const Tile& t, int64_t oh, int64_t first, int64_t end, const L* value) const {
+    for (int64_t ow = first; ow < end; ++ow)
+      for (int64_t c = 0; c < t.lanes; ++c)
+        if (value[(ow - t.column) * t.lanes + c] == codec_.lowest)
+          max_pool_forward_at(p_, {t.n, t.channel + c, t.od, oh, ow});
+  }
+  void repair_row(const Tile& t, int64_t oh, bool whole_rows, const L* value) const {
+    const Axis& w = s_.axis[2];
+    const int64_t end = t.column + t.columns;
+    if (!whole_rows) return repair(t, oh, t.column, end, value);
+    int64_t left = t.column, right = end;
+    while (left < end && !whole(w, left)) ++left;
+    while (right > left && !whole(w, right - 1)) --right;
+    repair(t, oh, t.column, left, value);
+    repair(t, oh, right, end, value);
+  }
+
+  void pool(const Tile& t, const Buffers& b) const {
+    if (!direct_)
+      pool_staged(t, b);
+    else
+      for (int64_t oh = t.row; oh < t.row + t.rows; ++oh) pool_direct(t, oh, b);
+  }
+
+  // ---- direct
+
+  void pool_direct(const Tile& t, int64_t oh, const Buffers& b) const {
+    const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
+    int64_t row_count = 0;
+    for (int64_t kd = 0; kd < d.kernel; ++kd) {
+      const int64_t id = d.input_of(t.od, kd);
+      if (!d.holds_input(id)) continue;
+      for (int64_t kh = 0; kh < h.kernel; ++kh) {
+        const int64_t ih = h.input_of(oh, kh);
+        if (!h.holds_input(ih)) continue;
+        b.input_rows[row_count++] = {reinterpret_cast<const L*>(input_at(t, id, ih, 0)),
+                                     static_cast<I>(kd * weight_[0] + kh * weight_[1])};
+      }
+    }
+    if (row_count == 0) {
+      for (int64_t ow = 0; ow < w.out; ++ow)
+        for (int64_t c = 0; c < t.lanes; ++c)
+          max_pool_forward_at(p_, {t.n, t.channel + c, t.od, oh, ow});
+      return;
+    }
+    L* const output = reinterpret_cast<L*>(output_at(t, oh, 0));
+    if (channels_last_) return pool_direct_columns(t, oh, row_count, output, b);
+    row_kernel_(b.input_rows, row_count, w, codec_.lowest, static_cast<I>(weight_[2]), output,
+                b.down.index);
+    if constexpr (indexed) {
+      write_row_index(t, oh, b.down.index);
+      repair_row(t, oh, true, output);
+    }
+  }
+
+  // Channels innermost: the taps of a window that exist, whole pixels at a time.
+  void pool_direct_columns(const Tile& t, int64_t oh, int64_t row_count, L* output,
+                           const Buffers& b) const {
+    const Axis& w = s_.axis[2];
+    const int64_t in_pitch = p_.input.stride[4], out_pitch = p_.output.stride[4];
+    for (int64_t ow = 0; ow < w.out;) {
+      int64_t first = 0, end = w.kernel;
+      while (first < end && !w.holds_input(w.input_of(ow, first))) ++first;
+      while (end > first && !w.holds_input(w.input_of(ow, end - 1))) --end;
+      int64_t columns = 1;
+      if (first == 0 && end == w.kernel)
+        while (ow + columns < w.out && whole(w, ow + columns)) ++columns;
+      int64_t tap_count = 0;
+      for (int64_t r = 0; r < row_count; ++r)
+        for (int64_t k = first; k < end; ++k)
+          b.taps[tap_count++] = {
+              b.input_rows[r].data - b.input_rows[0].data + w.input_of(ow, k) * in_pitch,
+              b.input_rows[r].index + k * weight_[2]};
+      if (tap_count == 0) {
+        for (int64_t c = 0; c < t.lanes; ++c) max_pool_forward_at(p_, {t.n, c, t.od, oh, ow});
+      } else {
+        const Rows<L> from{const_cast<L*>(b.input_rows[0].data), nullptr, w.stride * in_pitch};
+        const Rows<L> to{output + ow * out_pitch, b.down.index, t.lanes};
+        fold_columns(to, out_pitch, from, columns, t.lanes, b.taps, tap_count);
+        if constexpr (indexed) {
+          Tile part = t;
+          part.column = ow, part.columns = columns;
+          write_row_index(part, oh, b.down.index);
+        }
+      }
+      ow += columns;
+    }
+  }
+
+  // fold_as with different pitches of values and indices in the result.
+  void fold_columns(Rows<L> to, int64_t value_pitch, Rows<L> from, int64_t columns, int64_t count,
+                    const Tap* taps, int64_t tap_count) const {
+    if (to.pitch == value_pitch)
+      return fold_as<indexed, last, true, false, L>(to, from, columns, count, taps, tap_count);
+    for (int64_t j = 0; j < columns; ++j) {
+      Rows<L> one{to.value + j * value_pitch, to.index + j * to.pitch, 0};
+      fold_as<indexed, last, true, false, L>(one, from.at(j * from.pitch), 1, count, taps,
+                                             tap_count);
+    }
+  }
+
+  // ---- staged
+
+  static void fold(Rows<L> to, Rows<L> from, int64_t rows, int64_t count, const Tap* taps,
+                   int64_t tap_count) {
+    if (from.index)
+      fold_as<indexed, last, false, true, L>(to, from, rows, count, taps, tap_count);
+    else
+      fold_as<indexed, last, false, false, L>(to, from, rows, count, taps, tap_count);
+  }
+
+  // Winners of `kernel` taps that lie `shift` lanes apart, in place; `index` receives them.
+  static void fold_doubling(Rows<L>& rows, I* index, int64_t count, int64_t kernel, int64_t shift,
+                            int64_t weight) {
+    for (int64_t span = 1; span < kernel;) {
+      const int64_t next = std::min(span, kernel - span);
+      const Tap taps[2] = {{0, 0}, {next * shift, next * weight}};
+      const Rows<L> to{rows.value, index, rows.pitch};
+      count -= next * shift;
+      fold(to, rows, 1, count, taps, 2);
+      if (indexed) rows.index = index;
+      span += next;
+    }
+  }
+
+  // Copies the input of a tile, one plane of it, into lanes: rows of slots, phase after phase.
+  void stage(const Tile& t, int64_t id, L* staged) const {
+    const Axis &h = s_.axis[1], &w = s_.axis[2];
+    const int64_t phases = w.stride, pitch = slots_ * t.lanes;
+    const int64_t rows = extent(h, t.rows), columns = extent(w, t.columns);
+    const int64_t start = w.input_of(t.column, 0), stride = p_.input.stride[4];
+    const int64_t first = std::clamp<int64_t>(-start, 0, columns);
+    const int64_t end = std::clamp<int64_t>(w.in - start, first, columns);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t ih = h.input_of(t.row, 0) + r;
+      L* const row = staged + r * pitch;
+      const auto fill = [&](int64_t from, int64_t to) {
+        for (int64_t e = from; e < to; ++e)
+          std::fill_n(row + e % phases * phase_size_ + e / phases * t.lanes, t.lanes,
+                      codec_.lowest);
+      };
+      if (!h.holds_input(ih)) {
+        fill(0, columns);
+        continue;
+      }
+      fill(0, first);
+      fill(end, columns);
+      const char* const source = input_at(t, id, ih, start);  // only [first, end) of it is read
+      const auto read = [&](int64_t from, int64_t to) {
+        for (int64_t e = from; e < to; ++e)
+          codec_.read(source + e * stride * codec_.size, 1, t.lanes,
+                      row + e % phases * phase_size_ + e / phases * t.lanes);
+      };
+      if (channels_last_) {
+        if (phases == 1 && stride == t.lanes)
+          codec_.read(source + first * stride * codec_.size, 1, (end - first) * t.lanes,
+                      row + first * t.lanes);
+        else
+          read(first, end);
+        continue;
+      }
+      // Whole groups of phases at once; what is left at both ends one by one.
+      const int64_t group = up(first, phases), groups = end / phases - group;
+      if (phases <= 4 && phases > 1 && stride == 1 && groups > 0) {
+        read(first, group * phases);
+        codec_.split[phases](source + group * phases * codec_.size, groups, row + group,
+                             phase_size_);
+        read((group + groups) * phases, end);
+      } else {
+        for (int64_t phase = 0; phase < phases; ++phase) {
+          const int64_t slot = up(std::max<int64_t>(first - phase, 0), phases);
+          const int64_t e = slot * phases + phase;
+          if (e < end)
+            codec_.read(source + e * stride * codec_.size, phases * stride, up(end - e, phases),
+                        row + phase * phase_size_ + slot);
+        }
+      }
+    }
+  }
+
+  // Winners along the width of every staged row, at its first columns.
+  Rows<L> pool_across(const Tile& t, const Buffers& b) const {
+    const Axis& w = s_.axis[2];
+    Rows<L> rows{b.staged, nullptr, slots_ * t.lanes};
+    if (w.kernel == 1) return rows;
+    const int64_t staged = extent(s_.axis[1], t.rows);
+    if (double_across_) {
+      fold_doubling(rows, b.across.index, staged * rows.pitch, w.kernel, w.dilation * t.lanes,
+                    weight_[2]);
+      return rows;
+    }
+    for (int64_t k = 0; k < w.kernel; ++k) {
+      const int64_t e = k * w.dilation;
+      b.taps[k] = {e % w.stride * phase_size_ + e / w.stride * t.lanes, k * weight_[2]};
+    }
+    const Rows<L> to{b.across.value, indexed ? b.across.index : nullptr, rows.pitch};
+    fold(to, rows, 1, (staged - 1) * rows.pitch + t.columns * t.lanes, b.taps, w.kernel);
+    return to;
+  }
+
+  // Winners of rows, packed into rows of columns.
+  void pool_down(const Tile& t, Rows<L> rows, Rows<L> to, int64_t depth_weight,
+                 const Buffers& b) const {
+    const Axis& h = s_.axis[1];
+    int64_t taps = h.kernel;
+    for (int64_t k = 0; k < taps; ++k)
+      b.taps[k] = {k * h.dilation * rows.pitch, k * weight_[1] + depth_weight};
+    if (double_down_) {
+      fold_doubling(rows, b.across.index, extent(h, t.rows) * rows.pitch, h.kernel,
+                    h.dilation * rows.pitch, weight_[1]);
+      taps = 1;
+    }
+    rows.pitch *= h.stride;
+    to.pitch = t.columns * t.lanes;
+    fold(to, rows, t.rows, to.pitch, b.taps, taps);
+  }
+
+  void pool_staged(const Tile& t, const Buffers& b) const {
+    const Axis& d = s_.axis[0];
+    const int64_t pitch = t.columns * t.lanes;
+    Rows<L> best = b.down;
+    bool found = false;
+    for (int64_t kd = 0; kd < d.kernel; ++kd) {
+      const int64_t id = d.input_of(t.od, kd);
+      if (!d.holds_input(id)) continue;
+      stage(t, id, b.staged);
+      pool_down(t, pool_across(t, b), found ? b.deep : best, kd * weight_[0], b);
+      if (found) merge(best, b.deep, t.rows * pitch);
+      found = true;
+    }
+    if (!found) std::fill_n(best.value, t.rows * pitch, codec_.lowest);
+    for (int64_t r = 0; r < t.rows; ++r) write_row(t, t.row + r, best.at(r * pitch), found);
+  }
+
+  static void merge(Rows<L> best, Rows<L> next, int64_t count) {
+    for (int64_t i = 0; i < count; i += lanes<L>) {
+      Best<L> a, b;
+      a.value = load(best.value + i), b.value = load(next.value + i);
+      if constexpr (indexed) a.index = load(best.index + i), b.index = load(next.index + i);
+      challenge<indexed, last, L>(a, b);
+      store(best.value + i, a.value);
+      if constexpr (indexed) store(best.index + i, a.index);
+    }
+  }
+
+  void write_row(const Tile& t, int64_t oh, Rows<L> best, bool found) const {
+    const int64_t stride = p_.output.stride[4];
+    if (!channels_last_)
+      codec_.write(output_at(t, oh, t.column), stride, t.columns, best.value);
+    else if (stride == t.lanes)
+      codec_.write(output_at(t, oh, t.column), 1, t.columns * t.lanes, best.value);
+    else
+      for (int64_t j = 0; j < t.columns; ++j)
+        codec_.write(output_at(t, oh, t.column + j), 1, t.lanes, best.value + j * t.lanes);
+    if constexpr (indexed) {
+      write_row_index(t, oh, best.index);
+      repair_row(t, oh, found && whole(s_.axis[1], oh), best.value);
+    }
+  }
+
+  const PoolProblem& p_;
+  const PoolShape& s_;
+  const Codec<L>& codec_;
+  bool channels_last_ = false, direct_ = false, double_across_ = false, double_down_ = false;
+  RowKernel row_kernel_ = nullptr;
+  int64_t weight_[3] = {0, 0, 0};
+  Tile tile_;
+  int64_t group_ = 1, blocks_ = 1, bands_ = 1, strips_ = 1;
+  int64_t slots_ = 0, staged_rows_ = 0, phase_size_ = 0;
+};

@@ -1,0 +1,55 @@
+// The vector rows of the pooling table, written once for every instruction set: included, inside
+// its target region, by max_pool_<row>.cpp, which has defined TNC_ISA, vector_bytes and Masked.
+// Start reading at run(), at the end; then pool_forward.h and pool_scatter.h.
+//
+// Nothing here may be shared between the files that include it, hence the namespaces: the linker
+// would keep one copy of a function, and it could be the one of the newest instruction set.
+
+namespace torch_naiveconv {
+namespace TNC_ISA {
+namespace {
+
+#include "pool_vec.h"
+
+#include "pool_forward.h"
+
+// Indices travel in a lane as wide as the value's.
+bool fits(const PoolProblem& p) {
+  const PoolShape& s = p.shape;
+  const int64_t limit = int64_t{1} << 30;
+  int64_t span = 1;  // of a window, in the padded plane
+  for (const Axis& a : s.axis) {
+    const int64_t reach = (a.kernel - 1) * a.dilation + 1;
+    if (a.kernel < 1 || a.in >= limit || a.out >= limit || a.pad >= limit || a.stride >= limit ||
+        reach >= limit || a.in + 2 * a.pad >= limit / span)
+      return false;
+    span *= a.in + 2 * a.pad;
+    if (reach > a.in + 2 * a.pad) return false;
+  }
+  return true;
+}
+
+template <class L, class T>
+bool forward(const PoolProblem& p) {
+  const Codec<L> codec = Codec<L>::template of<T>(p.index_type);
+  const bool last = p.ties == Ties::last;
+  if (p.kind == IndexKind::none)
+    last ? Forward<L, false, true>(p, codec).run() : Forward<L, false, false>(p, codec).run();
+  else
+    last ? Forward<L, true, true>(p, codec).run() : Forward<L, true, false>(p, codec).run();
+  return true;
+}
+
+bool run(const PoolProblem& p) {
+  if (p.ties > Ties::last || !fits(p)) return false;
+  bool done = false;
+  with_type(p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (p.direction == PoolDirection::forward) done = forward<Lane<T>, T>(p);
+  });
+  return done;
+}
+
+}  // namespace
+}  // namespace TNC_ISA
+}  // namespace torch_naiveconv
