@@ -1,7 +1,7 @@
 """The specification against exact rational arithmetic.
 
-The words of docs/contract.md written once more with fractions, for tiny cases: which terms, in which
-order, cut where, rounded how. Signs of zeros are left to the other tests.
+The words of docs/contract.md written once more with fractions, for tiny cases: which terms, in
+which order, cut where, rounded how. Signs of zeros are left to the other tests.
 """
 
 import itertools
