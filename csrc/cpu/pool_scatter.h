@@ -19,10 +19,8 @@ template <class T>
 inline T from_sum(Lane<T> sum) {
   if constexpr (is_half_type<T>) {
     return narrow<T>(sum);
-  } else if constexpr (std::is_floating_point_v<T>) {
-    return sum == sum ? sum : canonical_nan<T>();
   } else {
-    return static_cast<T>(sum);
+    return static_cast<T>(sum);  // add_terms has made NaN canonical
   }
 }
 
@@ -55,19 +53,19 @@ template <class Index, class I>
 void read_indices(const void* from, int64_t stride, int64_t count, I* __restrict to, int64_t base,
                   int64_t step) {
   const Index* const source = static_cast<const Index*>(from);
-  if (sizeof(Index) <= sizeof(I) && base == 0 && step == 0 && stride == 1) {
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<I>(source[i]);
-    return;
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t relative = static_cast<int64_t>(source[i * stride]) - base - i * step;
-    to[i] = relative == static_cast<I>(relative) ? static_cast<I>(relative) : I(-1);
-  }
+  const auto lane = [](int64_t index) {
+    return index == static_cast<I>(index) ? static_cast<I>(index) : I(-1);
+  };
+  if (base == 0 && step == 0 && stride == 1)
+    for (int64_t i = 0; i < count; ++i) to[i] = lane(source[i]);
+  else
+    for (int64_t i = 0; i < count; ++i) to[i] = lane(source[i * stride] - base - i * step);
 }
 
 template <class L>
 struct SumCodec {
   int64_t size, index_size;
+  bool is_lane;
   void (*read)(const void*, int64_t, int64_t, L*);
   void (*write)(void*, int64_t, int64_t, const L*);
   void (*join[5])(void*, int64_t, const L*, int64_t);  // by the number of phases
@@ -77,6 +75,7 @@ struct SumCodec {
   static SumCodec of(IndexType type) {
     SumCodec codec{sizeof(T),
                    0,
+                   is_lane_type<T>,
                    read_terms<T>,
                    write_sums<T>,
                    {nullptr, nullptr, write_joined<T, 2>, write_joined<T, 3>, write_joined<T, 4>},
@@ -96,24 +95,131 @@ struct SumCodec {
   }
 };
 
-// A window that reaches an input: where its gradient and index lie, the index that names the input.
+template <class L>
+inline Vec<L> canonical_sum(Vec<L> sum) {
+  if constexpr (std::is_floating_point_v<L>)
+    return sum == sum ? sum : broadcast(canonical_nan<L>());
+  else
+    return sum;
+}
+
+// A window that reaches an input: where its gradient and its index lie, and the index that names
+// the input.
 template <class I>
 struct Term {
-  int64_t at;
+  int64_t grad, index;
   I own;
 };
 
-// to[i] = the sum of the terms that chose input i, in their order, from +0.
+// to[r][i] = the sum of the terms that chose input (r, i), in their order, from +0. `own` grows by
+// own_step from row to row. Unless `exact`, up to a vector behind every row is read and written.
 template <class L>
-void add_terms(L* to, const L* grad, const LaneIndex<L>* index, int64_t count,
-               const Term<LaneIndex<L>>* terms, int64_t term_count) {
-  for (int64_t i = 0; i < count; i += lanes<L>) {
-    Vec<L> sum{};
-    for (int64_t k = 0; k < term_count; ++k) {
-      const VecIndex<L> chosen = load(index + i + terms[k].at) == broadcast(terms[k].own);
-      sum += chosen ? load(grad + i + terms[k].at) : Vec<L>{};
+struct Sums {
+  L* to;
+  const L* grad;
+  const LaneIndex<L>* index;
+  int64_t to_pitch, grad_pitch, index_pitch, own_step;
+};
+template <bool exact, class L>
+void add_terms(const Sums<L>& s, int64_t rows, int64_t count, const Term<LaneIndex<L>>* terms,
+               int64_t term_count) {
+  using I = LaneIndex<L>;
+  constexpr int V = lanes<L>;
+  for (int64_t r = 0; r < rows; ++r) {
+    const L* const grad = s.grad + r * s.grad_pitch;
+    const I* const index = s.index + r * s.index_pitch;
+    L* const to = s.to + r * s.to_pitch;
+    const auto sums = [&](int64_t i, auto vectors, bool whole) {
+      constexpr int n = decltype(vectors)::value;
+      Vec<L> sum[n] = {};
+      for (int64_t k = 0; k < term_count; ++k) {
+        const Term<I>& t = terms[k];
+        const VecIndex<L> own = broadcast(static_cast<I>(t.own + r * s.own_step));
+        for (int v = 0; v < n; ++v) {
+          const int64_t at = i + v * V;
+          const Vec<L> g = whole ? load(grad + t.grad + at)
+                                 : load_clipped(grad + t.grad + at, 0, count - at, L(0));
+          sum[v] += load(index + t.index + at) == own ? g : Vec<L>{};
+        }
+      }
+      for (int v = 0; v < n; ++v) {
+        if (whole)
+          store(to + i + v * V, canonical_sum<L>(sum[v]));
+        else
+          store_clipped(to, i + v * V, count, canonical_sum<L>(sum[v]));
+      }
+    };
+    int64_t i = 0;
+    for (; i + 4 * V <= count; i += 4 * V) sums(i, std::integral_constant<int, 4>{}, true);
+    for (; i + V <= count || (!exact && i < count); i += V)
+      sums(i, std::integral_constant<int, 1>{}, true);
+    if (i < count) sums(i, std::integral_constant<int, 1>{}, false);
+  }
+}
+
+// A row of windows that reach a row of inputs; `own` as in Term, for the first tap of the width.
+template <class L>
+struct GradRow {
+  const L* grad;
+  const LaneIndex<L>* index;
+  LaneIndex<L> own;
+};
+
+// One row of inputs, straight to memory: slots [slot, end) of the width. With flat indices `own` is
+// the position of the input itself, the same for every window.
+template <int stride, int kernel, bool flat, class L>
+void scatter_row(const GradRow<L>* rows, int64_t row_count, const Axis& width, int64_t slot,
+                 int64_t end, int64_t position, L* to) {
+  using I = LaneIndex<L>;
+  constexpr int V = lanes<L>, margin = (kernel - 1) / stride;
+  for (int64_t i = slot; i < end; i += V) {
+    if (i + V > end && end - slot >= V) i = end - V;  // overlaps the vector before it
+    const int64_t first = i * stride - width.pad;
+    Vec<L> sum[stride] = {};
+    const auto add_all = [&](auto whole) {
+      for (int64_t r = 0; r < row_count; ++r)
+        for (int m = margin; m >= 0; --m) {
+          Vec<L> grad;
+          VecIndex<L> index;
+          if constexpr (decltype(whole)::value) {
+            grad = load(rows[r].grad + i - m);
+            index = load(rows[r].index + i - m);
+          } else {
+            grad = load_clipped(rows[r].grad, i - m, width.out, L(0));
+            index = load_clipped(rows[r].index, i - m, width.out, I(-1));
+          }
+          for (int phase = 0; phase < stride; ++phase) {
+            const int tap = m * stride + phase;
+            if (tap >= kernel) continue;
+            VecIndex<L> own;
+            if constexpr (flat)
+              own = broadcast(static_cast<I>(position + first + phase)) + iota<I>() * I(stride);
+            else
+              own = broadcast(static_cast<I>(rows[r].own + tap));
+            sum[phase] += index == own ? grad : Vec<L>{};
+          }
+        }
+    };
+    if (i >= margin && i + V <= width.out)
+      add_all(std::true_type{});
+    else
+      add_all(std::false_type{});
+    for (auto& phase : sum) phase = canonical_sum<L>(phase);
+    if constexpr (stride == 1) {
+      store_clipped(to, first, width.in, sum[0]);
+    } else if constexpr (stride == 2) {
+      store_clipped(to, first, width.in, zip_low<L>(sum[0], sum[1]));
+      store_clipped(to, first + V, width.in, zip_high<L>(sum[0], sum[1]));
+    } else {
+      static_assert(stride == 4, "no other strides");
+      const Vec<L> even[2] = {zip_low<L>(sum[0], sum[2]), zip_high<L>(sum[0], sum[2])};
+      const Vec<L> odd[2] = {zip_low<L>(sum[1], sum[3]), zip_high<L>(sum[1], sum[3])};
+      for (int half = 0; half < 2; ++half) {
+        const int64_t place = first + 2 * half * V;
+        store_clipped(to, place, width.in, zip_low<L>(even[half], odd[half]));
+        store_clipped(to, place + V, width.in, zip_high<L>(even[half], odd[half]));
+      }
     }
-    store(to + i, sum);
   }
 }
 
@@ -130,11 +236,23 @@ class Scatter {
     weight_[1] = flat ? h.dilation * w.in : w.kernel;
     weight_[0] = flat ? d.dilation * h.in * w.in : w.kernel * h.kernel;
 
+    if (codec_.is_lane && channels_last_) direct_ = true;
+    if (codec_.is_lane && !channels_last_ && p_.input.stride[4] == 1 && p_.output.stride[4] == 1 &&
+        w.dilation == 1) {
+      row_kernel_ =
+          flat ? row_kernel<true>(w.stride, w.kernel) : row_kernel<false>(w.stride, w.kernel);
+      direct_ = row_kernel_ != nullptr;
+    }
+
     group_ = !channels_last_ ? 1 : s_.channels <= 256 ? s_.channels : 128;
     blocks_ = up(s_.channels, group_);
     margin_ = (w.kernel - 1) * w.dilation / w.stride;
     // The tile: slots of the width (a slot is `stride` inputs), rows of one plane.
-    const int64_t all = up(w.in + w.pad, w.stride), budget = 8192 / int64_t(sizeof(L));
+    const int64_t all = up(w.in + w.pad, w.stride);
+    const int64_t budget = (direct_ && channels_last_ ? 65536
+                            : direct_                 ? 16384
+                                                      : 8192) /
+                           int64_t(sizeof(L));
     slots_ = std::clamp<int64_t>(std::max(budget / group_, 2 * margin_), 1, all);
     slots_ = up(all, up(all, slots_));
     strips_ = up(all, slots_);
@@ -152,15 +270,20 @@ class Scatter {
     parallel_for(s_.batch * blocks_ * s_.axis[0].in * bands_ * strips_, 1 + 16384 / (outputs + 1),
                  FloatEnvironment::gradual, [&](int64_t begin, int64_t end) {
                    const int64_t size = staged_rows_ * pitch_ + 2 * lanes<L>;
-                   const int64_t sums = s_.axis[2].stride * phase_size_;
+                   const int64_t sums = direct_ ? 0 : s_.axis[2].stride * phase_size_;
                    Scratch scratch((size + sums) * int64_t(sizeof(L) + sizeof(I)) +
-                                   (s_.taps() + 1) * int64_t(sizeof(Term<I>)) + 1024);
+                                   (s_.taps() + 1) * int64_t(sizeof(Term<I>) + sizeof(GradRow<L>)) +
+                                   1024);
                    Buffers b;
-                   b.grad = scratch.take<L>(size);
                    b.index = scratch.take<I>(size);
-                   b.sums = scratch.take<L>(sums);
                    b.terms = scratch.take<Term<I>>(s_.taps() + 1);
-                   for (int64_t task = begin; task < end; ++task) scatter(tile_of(task), b);
+                   b.rows = scratch.take<GradRow<L>>(s_.taps() + 1);
+                   if (!direct_) {
+                     b.grad = scratch.take<L>(size);
+                     b.sums = scratch.take<L>(sums);
+                   }
+                   for (int64_t task = begin; task < end; ++task)
+                     direct_ ? scatter_direct(tile_of(task), b) : scatter(tile_of(task), b);
                  });
   }
 
@@ -173,10 +296,24 @@ class Scatter {
     int64_t od, od_end, oh, oh_end;  // the outputs that reach them
   };
   struct Buffers {
-    L *grad, *sums;
-    I* index;
-    Term<I>* terms;
+    L *grad = nullptr, *sums = nullptr;
+    I* index = nullptr;
+    Term<I>* terms = nullptr;
+    GradRow<L>* rows = nullptr;
   };
+  using RowKernel = void (*)(const GradRow<L>*, int64_t, const Axis&, int64_t, int64_t, int64_t,
+                             L*);
+
+  template <bool flat>
+  static RowKernel row_kernel(int64_t stride, int64_t kernel) {
+    if (stride == 1 && kernel == 2) return scatter_row<1, 2, flat, L>;
+    if (stride == 1 && kernel == 3) return scatter_row<1, 3, flat, L>;
+    if (stride == 1 && kernel == 5) return scatter_row<1, 5, flat, L>;
+    if (stride == 2 && kernel == 2) return scatter_row<2, 2, flat, L>;
+    if (stride == 2 && kernel == 3) return scatter_row<2, 3, flat, L>;
+    if (stride == 4 && kernel == 4) return scatter_row<4, 4, flat, L>;
+    return nullptr;
+  }
 
   static int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
   static int64_t reach(const Axis& a) { return (a.kernel - 1) * a.dilation + 1; }
@@ -203,6 +340,102 @@ class Scatter {
   static int64_t offset(const RawView& v, int64_t n, int64_t c, int64_t d, int64_t h, int64_t w) {
     return n * v.stride[0] + c * v.stride[1] + d * v.stride[2] + h * v.stride[3] + w * v.stride[4];
   }
+
+  // ---- direct: indices as lanes, gradients and sums where they are in memory
+
+  void scatter_direct(const Tile& t, const Buffers& b) const {
+    const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
+    const int64_t pixel = channels_last_ ? t.lanes : 1;
+    const int64_t start = std::clamp<int64_t>(t.slot - margin_, 0, w.out);
+    const int64_t columns = std::min(t.slot + t.slots, w.out) - start;
+    const int64_t height = t.oh_end - t.oh, pitch = columns * pixel;
+    if (columns > 0)
+      for (int64_t od = t.od; od < t.od_end; ++od)
+        stage_index(t, od, start, columns, b.index + (od - t.od) * height * pitch);
+    for (int64_t ih = t.row; ih < t.end; ++ih) {
+      int64_t row_count = 0;
+      for (int64_t od = t.od; od < t.od_end && columns > 0; ++od) {
+        const int64_t kd = d.tap_of(od, t.id);
+        if (kd < 0) continue;
+        for (int64_t oh = h.first_output(ih); oh <= h.last_output(ih); ++oh) {
+          const int64_t kh = h.tap_of(oh, ih);
+          if (kh < 0) continue;
+          b.rows[row_count++] = {
+              static_cast<const L*>(p_.output.data) + offset(p_.output, t.n, t.channel, od, oh, 0),
+              b.index + ((od - t.od) * height + oh - t.oh) * pitch - start * pixel,
+              static_cast<I>(kd * weight_[0] + kh * weight_[1])};
+        }
+      }
+      L* const to = static_cast<L*>(p_.input.data) + offset(p_.input, t.n, t.channel, t.id, ih, 0);
+      const int64_t position = s_.flat_of(t.id, ih, 0);
+      if (channels_last_)
+        scatter_columns(t, row_count, position, to, b);
+      else
+        row_kernel_(b.rows, row_count, w, t.slot, t.slot + t.slots, position, to);
+    }
+  }
+
+  void stage_index(const Tile& t, int64_t od, int64_t start, int64_t columns, I* to) const {
+    const RawView& view = p_.index;
+    const int64_t pixel = channels_last_ ? t.lanes : 1, height = t.oh_end - t.oh;
+    const char* const from = static_cast<const char*>(view.data) +
+                             offset(view, t.n, t.channel, od, t.oh, start) * codec_.index_size;
+    const auto at = [&](int64_t r, int64_t j) {
+      return from + (r * view.stride[3] + j * view.stride[4]) * codec_.index_size;
+    };
+    if (view.stride[4] == pixel && view.stride[3] == columns * pixel)
+      return codec_.read_index(from, 1, height * columns * pixel, to, 0, 0);
+    for (int64_t r = 0; r < height; ++r, to += columns * pixel) {
+      if (!channels_last_)
+        codec_.read_index(at(r, 0), view.stride[4], columns, to, 0, 0);
+      else if (view.stride[4] == pixel)
+        codec_.read_index(at(r, 0), 1, columns * pixel, to, 0, 0);
+      else
+        for (int64_t j = 0; j < columns; ++j)
+          codec_.read_index(at(r, j), 1, pixel, to + j * pixel, 0, 0);
+    }
+  }
+
+  // Channels innermost: inputs of one phase that the same taps reach, whole pixels at a time.
+  void scatter_columns(const Tile& t, int64_t row_count, int64_t position, L* to,
+                       const Buffers& b) const {
+    const Axis& w = s_.axis[2];
+    const bool flat = p_.kind == IndexKind::flat;
+    const int64_t end_slot = t.slot + t.slots;
+    for (int64_t phase = 0; phase < w.stride; ++phase) {
+      const auto input_at = [&](int64_t slot) { return slot * w.stride + phase - w.pad; };
+      int64_t slot = t.slot;
+      while (slot < end_slot && input_at(slot) < 0) ++slot;
+      while (slot < end_slot && input_at(slot) < w.in) {
+        int64_t count = 0, run = 1;
+        if (slot >= margin_)  // with all of its taps, or the last ones
+          run = std::max<int64_t>(
+              1, std::min({end_slot, w.out, up(w.in - phase + w.pad, w.stride)}) - slot);
+        for (int64_t r = 0; r < row_count; ++r)
+          for (int64_t kw = w.kernel - 1; kw >= 0; --kw) {
+            const int64_t distance = kw * w.dilation - phase;
+            if (distance < 0 || distance % w.stride != 0) continue;
+            const int64_t ow = slot - distance / w.stride;
+            if (ow < 0 || ow >= w.out) continue;
+            b.terms[count++] = {
+                b.rows[r].grad - b.rows[0].grad + ow * p_.output.stride[4],
+                b.rows[r].index - b.rows[0].index + ow * t.lanes,
+                static_cast<I>(flat ? position + input_at(slot) : b.rows[r].own + kw)};
+          }
+        const Sums<L> sums{to + input_at(slot) * p_.input.stride[4],
+                           b.rows[0].grad,
+                           b.rows[0].index,
+                           w.stride * p_.input.stride[4],
+                           p_.output.stride[4],
+                           t.lanes,
+                           flat ? w.stride : 0};
+        add_terms<true, L>(sums, run, t.lanes, b.terms, count);
+        slot += run;
+      }
+    }
+  }
+
+  // ---- staged
 
   // Rows of gradients and indices, from window slot - margin on, index -1 where there is none.
   void stage(const Tile& t, const Buffers& b) const {
@@ -263,14 +496,14 @@ class Scatter {
             for (int64_t kw = w.kernel - 1; kw >= 0; --kw) {
               const int64_t distance = kw * w.dilation - phase;
               if (distance % w.stride != 0 || distance < 0) continue;
+              const int64_t at = row * pitch + (margin_ - distance / w.stride) * pixel;
               b.terms[count++] = {
-                  row * pitch + (margin_ - distance / w.stride) * pixel,
-                  static_cast<I>(kd * weight_[0] + kh * weight_[1] + kw * weight_[2])};
+                  at, at, static_cast<I>(kd * weight_[0] + kh * weight_[1] + kw * weight_[2])};
             }
           }
         }
-        add_terms<L>(b.sums + phase * phase_size_, b.grad, b.index, t.slots * pixel, b.terms,
-                     count);
+        add_terms<false, L>({b.sums + phase * phase_size_, b.grad, b.index, 0, 0, 0, 0}, 1,
+                            t.slots * pixel, b.terms, count);
       }
       write_row(t, ih, b.sums);
     }
@@ -317,7 +550,8 @@ class Scatter {
   const PoolProblem& p_;
   const PoolShape& s_;
   const SumCodec<L>& codec_;
-  bool channels_last_ = false;
+  bool channels_last_ = false, direct_ = false;
+  RowKernel row_kernel_ = nullptr;
   int64_t weight_[3] = {0, 0, 0};
   int64_t group_ = 1, blocks_ = 1, margin_ = 0, slots_ = 1, strips_ = 1, rows_ = 1, bands_ = 1;
   int64_t staged_rows_ = 0, pitch_ = 0, phase_size_ = 0;
