@@ -149,7 +149,7 @@ void fold_as(Rows<L> to, Rows<L> from, int64_t rows, int64_t count, const Tap* t
       if (whole)
         store(target, best.value);
       else
-        store_first(target, count - i, best.value);
+        store_clipped(target, 0, count - i, best.value);
       if constexpr (indexed) store(to.index + r * to.pitch + i, best.index);
     }
   }
@@ -227,7 +227,7 @@ void pool_row(const InputRow<L>* rows, int64_t row_count, const Axis& width, L l
     };
     const bool inside = first >= 0 && first + (V - 1) * stride + kernel <= width.in;
     const Best<L> best = inside ? winners(std::true_type{}) : winners(std::false_type{});
-    store_first(output + o, width.out - o, best.value);
+    store_clipped(output, o, width.out, best.value);
     if constexpr (indexed) store(index + o, best.index);
   }
 }

@@ -13,6 +13,8 @@ namespace {
 
 #include "pool_forward.h"
 
+#include "pool_scatter.h"
+
 // Indices travel in a lane as wide as the value's.
 bool fits(const PoolProblem& p) {
   const PoolShape& s = p.shape;
@@ -40,12 +42,22 @@ bool forward(const PoolProblem& p) {
   return true;
 }
 
+// Every input asks every window that reaches it: for small windows only.
+template <class L, class T>
+bool scatter(const PoolProblem& p) {
+  if (p.shape.taps() > 2 * lanes<int32_t>) return false;
+  const SumCodec<L> codec = SumCodec<L>::template of<T>(p.index_type);
+  Scatter<L>(p, codec).run();
+  return true;
+}
+
 bool run(const PoolProblem& p) {
   if (p.ties > Ties::last || !fits(p)) return false;
   bool done = false;
   with_type(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (p.direction == PoolDirection::forward) done = forward<Lane<T>, T>(p);
+    if (p.direction == PoolDirection::scatter) done = scatter<Lane<T>, T>(p);
   });
   return done;
 }

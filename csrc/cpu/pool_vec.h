@@ -73,6 +73,21 @@ inline Vec<L> odds(Vec<L> a, Vec<L> b) {
   return every_second<1>(a, b, Places<L>{});
 }
 
+template <int half, class V, int... i>
+inline V interleaved(V a, V b, std::integer_sequence<int, i...>) {
+  constexpr int size = sizeof...(i);
+  return __builtin_shufflevector(a, b, (half * size / 2 + i / 2 + i % 2 * size)...);
+}
+// a[0], b[0], a[1], b[1] ...: the first half of it, and the second.
+template <class L>
+inline Vec<L> zip_low(Vec<L> a, Vec<L> b) {
+  return interleaved<0>(a, b, Places<L>{});
+}
+template <class L>
+inline Vec<L> zip_high(Vec<L> a, Vec<L> b) {
+  return interleaved<1>(a, b, Places<L>{});
+}
+
 // The specification's `wins` for lanes: all ones where `next` takes the place of `best`.
 template <bool last, class L>
 inline VecIndex<L> wins(Vec<L> next, Vec<L> best) {
@@ -85,19 +100,25 @@ inline VecIndex<L> wins(Vec<L> next, Vec<L> best) {
   return mask;
 }
 
+// Which of the places first ... first + lanes lie in [0, size)?
+template <class L>
+inline VecIndex<L> inside(int64_t first, int64_t size) {
+  const VecIndex<L> place = iota<LaneIndex<L>>() + LaneIndex<L>(first);
+  return (place >= 0) & (place < LaneIndex<L>(size));
+}
 // row[first ... first + lanes), with `pad` for what lies outside [0, size).
 template <class L>
 inline Vec<L> load_clipped(const L* row, int64_t first, int64_t size, L pad) {
-  const VecIndex<L> place = iota<LaneIndex<L>>() + LaneIndex<L>(first);
-  const VecIndex<L> inside = (place >= 0) & (place < LaneIndex<L>(size));
-  return inside ? Masked::load(row + first, inside) : broadcast(pad);
+  const VecIndex<L> mask = inside<L>(first, size);
+  return mask ? Masked::load(row + first, mask) : broadcast(pad);
 }
+// Writes of row[first ... first + lanes) what lies in [0, size).
 template <class L>
-inline void store_first(L* to, int64_t count, Vec<L> v) {
-  if (count >= lanes<L>)
-    store(to, v);
+inline void store_clipped(L* row, int64_t first, int64_t size, Vec<L> v) {
+  if (first >= 0 && first + lanes<L> <= size)
+    store(row + first, v);
   else
-    Masked::store(to, VecIndex<L>(iota<LaneIndex<L>>() < LaneIndex<L>(count)), v);
+    Masked::store(row + first, inside<L>(first, size), v);
 }
 
 // ---- elements to lanes and back -----------------------------------------------------------------

@@ -1,0 +1,558 @@
+// The gradient of the vector rows, for small windows. Included after pool_forward.h.
+//
+// As a gather: an input belongs to few windows, and gets the gradient of those whose index names
+// it. The inputs of one stride phase are lanes next to each other, and so are the windows that
+// reach them with a given tap: `acc[i] += index[i - m] == tap ? grad[i - m] : 0`, windows in
+// ascending order. Nothing is written twice, no task waits for another, and adding +0 where a
+// window chose someone else changes no sum that began at +0.
+
+// Gradients to lanes in which they are added, and a finished sum back.
+template <class T>
+inline Lane<T> to_term(T x) {
+  if constexpr (is_half_type<T>) {
+    return widen(x);
+  } else {
+    return static_cast<Lane<T>>(x);
+  }
+}
+template <class T>
+inline T from_sum(Lane<T> sum) {
+  if constexpr (is_half_type<T>) {
+    return narrow<T>(sum);
+  } else {
+    return static_cast<T>(sum);  // add_terms has made NaN canonical
+  }
+}
+
+template <class T>
+void read_terms(const void* from, int64_t stride, int64_t count, Lane<T>* __restrict to) {
+  const T* const source = static_cast<const T*>(from);
+  if (stride == 1)
+    for (int64_t i = 0; i < count; ++i) to[i] = to_term(source[i]);
+  else
+    for (int64_t i = 0; i < count; ++i) to[i] = to_term(source[i * stride]);
+}
+template <class T>
+void write_sums(void* to, int64_t stride, int64_t count, const Lane<T>* __restrict from) {
+  T* const target = static_cast<T*>(to);
+  if (stride == 1)
+    for (int64_t i = 0; i < count; ++i) target[i] = from_sum<T>(from[i]);
+  else
+    for (int64_t i = 0; i < count; ++i) target[i * stride] = from_sum<T>(from[i]);
+}
+// to[i * phases + phase] = from[phase * pitch + i]
+template <class T, int phases>
+void write_joined(void* to, int64_t count, const Lane<T>* __restrict from, int64_t pitch) {
+  T* const target = static_cast<T*>(to);
+  for (int64_t i = 0; i < count; ++i)
+    for (int phase = 0; phase < phases; ++phase)
+      target[i * phases + phase] = from_sum<T>(from[phase * pitch + i]);
+}
+// to[i] = from[i * stride] - base - i * step, or -1 where that fits no lane.
+template <class Index, class I>
+void read_indices(const void* from, int64_t stride, int64_t count, I* __restrict to, int64_t base,
+                  int64_t step) {
+  const Index* const source = static_cast<const Index*>(from);
+  const auto lane = [](int64_t index) {
+    return index == static_cast<I>(index) ? static_cast<I>(index) : I(-1);
+  };
+  if (base == 0 && step == 0 && stride == 1)
+    for (int64_t i = 0; i < count; ++i) to[i] = lane(source[i]);
+  else
+    for (int64_t i = 0; i < count; ++i) to[i] = lane(source[i * stride] - base - i * step);
+}
+
+template <class L>
+struct SumCodec {
+  int64_t size, index_size;
+  bool is_lane;
+  void (*read)(const void*, int64_t, int64_t, L*);
+  void (*write)(void*, int64_t, int64_t, const L*);
+  void (*join[5])(void*, int64_t, const L*, int64_t);  // by the number of phases
+  void (*read_index)(const void*, int64_t, int64_t, LaneIndex<L>*, int64_t, int64_t);
+
+  template <class T>
+  static SumCodec of(IndexType type) {
+    SumCodec codec{sizeof(T),
+                   0,
+                   is_lane_type<T>,
+                   read_terms<T>,
+                   write_sums<T>,
+                   {nullptr, nullptr, write_joined<T, 2>, write_joined<T, 3>, write_joined<T, 4>},
+                   nullptr};
+    const auto set = [&](auto tag) {
+      using Index = decltype(tag);
+      codec.index_size = sizeof(Index);
+      codec.read_index = read_indices<Index, LaneIndex<L>>;
+    };
+    switch (type) {
+      case IndexType::uint8: set(uint8_t{}); break;
+      case IndexType::int16: set(int16_t{}); break;
+      case IndexType::int32: set(int32_t{}); break;
+      case IndexType::int64: set(int64_t{}); break;
+    }
+    return codec;
+  }
+};
+
+template <class L>
+inline Vec<L> canonical_sum(Vec<L> sum) {
+  if constexpr (std::is_floating_point_v<L>)
+    return sum == sum ? sum : broadcast(canonical_nan<L>());
+  else
+    return sum;
+}
+
+// A window that reaches an input: where its gradient and its index lie, and the index that names
+// the input.
+template <class I>
+struct Term {
+  int64_t grad, index;
+  I own;
+};
+
+// to[r][i] = the sum of the terms that chose input (r, i), in their order, from +0. `own` grows by
+// own_step from row to row. Unless `exact`, up to a vector behind every row is read and written.
+template <class L>
+struct Sums {
+  L* to;
+  const L* grad;
+  const LaneIndex<L>* index;
+  int64_t to_pitch, grad_pitch, index_pitch, own_step;
+};
+template <bool exact, class L>
+void add_terms(const Sums<L>& s, int64_t rows, int64_t count, const Term<LaneIndex<L>>* terms,
+               int64_t term_count) {
+  using I = LaneIndex<L>;
+  constexpr int V = lanes<L>;
+  for (int64_t r = 0; r < rows; ++r) {
+    const L* const grad = s.grad + r * s.grad_pitch;
+    const I* const index = s.index + r * s.index_pitch;
+    L* const to = s.to + r * s.to_pitch;
+    const auto sums = [&](int64_t i, auto vectors, bool whole) {
+      constexpr int n = decltype(vectors)::value;
+      Vec<L> sum[n] = {};
+      for (int64_t k = 0; k < term_count; ++k) {
+        const Term<I>& t = terms[k];
+        const VecIndex<L> own = broadcast(static_cast<I>(t.own + r * s.own_step));
+        for (int v = 0; v < n; ++v) {
+          const int64_t at = i + v * V;
+          const Vec<L> g = whole ? load(grad + t.grad + at)
+                                 : load_clipped(grad + t.grad + at, 0, count - at, L(0));
+          sum[v] += load(index + t.index + at) == own ? g : Vec<L>{};
+        }
+      }
+      for (int v = 0; v < n; ++v) {
+        if (whole)
+          store(to + i + v * V, canonical_sum<L>(sum[v]));
+        else
+          store_clipped(to, i + v * V, count, canonical_sum<L>(sum[v]));
+      }
+    };
+    int64_t i = 0;
+    for (; i + 4 * V <= count; i += 4 * V) sums(i, std::integral_constant<int, 4>{}, true);
+    for (; i + V <= count || (!exact && i < count); i += V)
+      sums(i, std::integral_constant<int, 1>{}, true);
+    if (i < count) sums(i, std::integral_constant<int, 1>{}, false);
+  }
+}
+
+// A row of windows that reach a row of inputs; `own` as in Term, for the first tap of the width.
+template <class L>
+struct GradRow {
+  const L* grad;
+  const LaneIndex<L>* index;
+  LaneIndex<L> own;
+};
+
+// One row of inputs, straight to memory: slots [slot, end) of the width. With flat indices `own` is
+// the position of the input itself, the same for every window.
+template <int stride, int kernel, bool flat, class L>
+void scatter_row(const GradRow<L>* rows, int64_t row_count, const Axis& width, int64_t slot,
+                 int64_t end, int64_t position, L* to) {
+  using I = LaneIndex<L>;
+  constexpr int V = lanes<L>, margin = (kernel - 1) / stride;
+  for (int64_t i = slot; i < end; i += V) {
+    if (i + V > end && end - slot >= V) i = end - V;  // overlaps the vector before it
+    const int64_t first = i * stride - width.pad;
+    Vec<L> sum[stride] = {};
+    const auto add_all = [&](auto whole) {
+      for (int64_t r = 0; r < row_count; ++r)
+        for (int m = margin; m >= 0; --m) {
+          Vec<L> grad;
+          VecIndex<L> index;
+          if constexpr (decltype(whole)::value) {
+            grad = load(rows[r].grad + i - m);
+            index = load(rows[r].index + i - m);
+          } else {
+            grad = load_clipped(rows[r].grad, i - m, width.out, L(0));
+            index = load_clipped(rows[r].index, i - m, width.out, I(-1));
+          }
+          for (int phase = 0; phase < stride; ++phase) {
+            const int tap = m * stride + phase;
+            if (tap >= kernel) continue;
+            VecIndex<L> own;
+            if constexpr (flat)
+              own = broadcast(static_cast<I>(position + first + phase)) + iota<I>() * I(stride);
+            else
+              own = broadcast(static_cast<I>(rows[r].own + tap));
+            sum[phase] += index == own ? grad : Vec<L>{};
+          }
+        }
+    };
+    if (i >= margin && i + V <= width.out)
+      add_all(std::true_type{});
+    else
+      add_all(std::false_type{});
+    for (auto& phase : sum) phase = canonical_sum<L>(phase);
+    if constexpr (stride == 1) {
+      store_clipped(to, first, width.in, sum[0]);
+    } else if constexpr (stride == 2) {
+      store_clipped(to, first, width.in, zip_low<L>(sum[0], sum[1]));
+      store_clipped(to, first + V, width.in, zip_high<L>(sum[0], sum[1]));
+    } else {
+      static_assert(stride == 4, "no other strides");
+      const Vec<L> even[2] = {zip_low<L>(sum[0], sum[2]), zip_high<L>(sum[0], sum[2])};
+      const Vec<L> odd[2] = {zip_low<L>(sum[1], sum[3]), zip_high<L>(sum[1], sum[3])};
+      for (int half = 0; half < 2; ++half) {
+        const int64_t place = first + 2 * half * V;
+        store_clipped(to, place, width.in, zip_low<L>(even[half], odd[half]));
+        store_clipped(to, place + V, width.in, zip_high<L>(even[half], odd[half]));
+      }
+    }
+  }
+}
+
+template <class L>
+class Scatter {
+ public:
+  Scatter(const PoolProblem& problem, const SumCodec<L>& codec)
+      : p_(problem), s_(problem.shape), codec_(codec) {
+    const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
+    channels_last_ = p_.input.stride[1] == 1 && p_.output.stride[1] == 1 &&
+                     p_.index.stride[1] == 1 && s_.channels > 1 && p_.input.stride[4] != 1;
+    const bool flat = p_.kind == IndexKind::flat;
+    weight_[2] = flat ? w.dilation : 1;
+    weight_[1] = flat ? h.dilation * w.in : w.kernel;
+    weight_[0] = flat ? d.dilation * h.in * w.in : w.kernel * h.kernel;
+
+    if (codec_.is_lane && channels_last_) direct_ = true;
+    if (codec_.is_lane && !channels_last_ && p_.input.stride[4] == 1 && p_.output.stride[4] == 1 &&
+        w.dilation == 1) {
+      row_kernel_ =
+          flat ? row_kernel<true>(w.stride, w.kernel) : row_kernel<false>(w.stride, w.kernel);
+      direct_ = row_kernel_ != nullptr;
+    }
+
+    group_ = !channels_last_ ? 1 : s_.channels <= 256 ? s_.channels : 128;
+    blocks_ = up(s_.channels, group_);
+    margin_ = (w.kernel - 1) * w.dilation / w.stride;
+    // The tile: slots of the width (a slot is `stride` inputs), rows of one plane.
+    const int64_t all = up(w.in + w.pad, w.stride);
+    const int64_t budget = (direct_ && channels_last_ ? 65536
+                            : direct_                 ? 16384
+                                                      : 8192) /
+                           int64_t(sizeof(L));
+    slots_ = std::clamp<int64_t>(std::max(budget / group_, 2 * margin_), 1, all);
+    slots_ = up(all, up(all, slots_));
+    strips_ = up(all, slots_);
+    const int64_t planes = planes_of_outputs();
+    const int64_t row = (slots_ + margin_) * group_ * planes;
+    rows_ = std::clamp<int64_t>(std::max(budget / row, reach(h) / h.stride) * h.stride, 1, h.in);
+    bands_ = up(h.in, rows_);
+    staged_rows_ = std::min(h.out, (rows_ + reach(h)) / h.stride + 2) * planes;
+    pitch_ = (slots_ + margin_) * group_;
+    phase_size_ = slots_ * group_ + lanes<L>;
+  }
+
+  void run() const {
+    const int64_t outputs = rows_ * slots_ * group_;
+    parallel_for(s_.batch * blocks_ * s_.axis[0].in * bands_ * strips_, 1 + 16384 / (outputs + 1),
+                 FloatEnvironment::gradual, [&](int64_t begin, int64_t end) {
+                   const int64_t size = staged_rows_ * pitch_ + 2 * lanes<L>;
+                   const int64_t sums = direct_ ? 0 : s_.axis[2].stride * phase_size_;
+                   Scratch scratch((size + sums) * int64_t(sizeof(L) + sizeof(I)) +
+                                   (s_.taps() + 1) * int64_t(sizeof(Term<I>) + sizeof(GradRow<L>)) +
+                                   1024);
+                   Buffers b;
+                   b.index = scratch.take<I>(size);
+                   b.terms = scratch.take<Term<I>>(s_.taps() + 1);
+                   b.rows = scratch.take<GradRow<L>>(s_.taps() + 1);
+                   if (!direct_) {
+                     b.grad = scratch.take<L>(size);
+                     b.sums = scratch.take<L>(sums);
+                   }
+                   for (int64_t task = begin; task < end; ++task)
+                     direct_ ? scatter_direct(tile_of(task), b) : scatter(tile_of(task), b);
+                 });
+  }
+
+ private:
+  using I = LaneIndex<L>;
+
+  // Inputs of rows [row, end) and slots [slot, slot + slots) of plane id, for `lanes` channels.
+  struct Tile {
+    int64_t n, channel, lanes, id, row, end, slot, slots;
+    int64_t od, od_end, oh, oh_end;  // the outputs that reach them
+  };
+  struct Buffers {
+    L *grad = nullptr, *sums = nullptr;
+    I* index = nullptr;
+    Term<I>* terms = nullptr;
+    GradRow<L>* rows = nullptr;
+  };
+  using RowKernel = void (*)(const GradRow<L>*, int64_t, const Axis&, int64_t, int64_t, int64_t,
+                             L*);
+
+  template <bool flat>
+  static RowKernel row_kernel(int64_t stride, int64_t kernel) {
+    if (stride == 1 && kernel == 2) return scatter_row<1, 2, flat, L>;
+    if (stride == 1 && kernel == 3) return scatter_row<1, 3, flat, L>;
+    if (stride == 1 && kernel == 5) return scatter_row<1, 5, flat, L>;
+    if (stride == 2 && kernel == 2) return scatter_row<2, 2, flat, L>;
+    if (stride == 2 && kernel == 3) return scatter_row<2, 3, flat, L>;
+    if (stride == 4 && kernel == 4) return scatter_row<4, 4, flat, L>;
+    return nullptr;
+  }
+
+  static int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+  static int64_t reach(const Axis& a) { return (a.kernel - 1) * a.dilation + 1; }
+  int64_t planes_of_outputs() const {
+    return std::min(s_.axis[0].out, reach(s_.axis[0]) / s_.axis[0].stride + 1);
+  }
+
+  Tile tile_of(int64_t task) const {
+    const Axis &d = s_.axis[0], &h = s_.axis[1];
+    Tile t;
+    t.slot = task % strips_ * slots_, task /= strips_;
+    t.row = task % bands_ * rows_, task /= bands_;
+    t.id = task % d.in, task /= d.in;
+    t.channel = task % blocks_ * group_;
+    t.n = task / blocks_;
+    t.lanes = std::min(group_, s_.channels - t.channel);
+    t.end = std::min(t.row + rows_, h.in);
+    t.slots = std::min(slots_, up(s_.axis[2].in + s_.axis[2].pad, s_.axis[2].stride) - t.slot);
+    t.od = d.first_output(t.id), t.od_end = d.last_output(t.id) + 1;
+    t.oh = h.first_output(t.row), t.oh_end = h.last_output(t.end - 1) + 1;
+    return t;
+  }
+
+  static int64_t offset(const RawView& v, int64_t n, int64_t c, int64_t d, int64_t h, int64_t w) {
+    return n * v.stride[0] + c * v.stride[1] + d * v.stride[2] + h * v.stride[3] + w * v.stride[4];
+  }
+
+  // ---- direct: indices as lanes, gradients and sums where they are in memory
+
+  void scatter_direct(const Tile& t, const Buffers& b) const {
+    const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
+    const int64_t pixel = channels_last_ ? t.lanes : 1;
+    const int64_t start = std::clamp<int64_t>(t.slot - margin_, 0, w.out);
+    const int64_t columns = std::min(t.slot + t.slots, w.out) - start;
+    const int64_t height = t.oh_end - t.oh, pitch = columns * pixel;
+    if (columns > 0)
+      for (int64_t od = t.od; od < t.od_end; ++od)
+        stage_index(t, od, start, columns, b.index + (od - t.od) * height * pitch);
+    for (int64_t ih = t.row; ih < t.end; ++ih) {
+      int64_t row_count = 0;
+      for (int64_t od = t.od; od < t.od_end && columns > 0; ++od) {
+        const int64_t kd = d.tap_of(od, t.id);
+        if (kd < 0) continue;
+        for (int64_t oh = h.first_output(ih); oh <= h.last_output(ih); ++oh) {
+          const int64_t kh = h.tap_of(oh, ih);
+          if (kh < 0) continue;
+          b.rows[row_count++] = {
+              static_cast<const L*>(p_.output.data) + offset(p_.output, t.n, t.channel, od, oh, 0),
+              b.index + ((od - t.od) * height + oh - t.oh) * pitch - start * pixel,
+              static_cast<I>(kd * weight_[0] + kh * weight_[1])};
+        }
+      }
+      L* const to = static_cast<L*>(p_.input.data) + offset(p_.input, t.n, t.channel, t.id, ih, 0);
+      const int64_t position = s_.flat_of(t.id, ih, 0);
+      if (channels_last_)
+        scatter_columns(t, row_count, position, to, b);
+      else
+        row_kernel_(b.rows, row_count, w, t.slot, t.slot + t.slots, position, to);
+    }
+  }
+
+  void stage_index(const Tile& t, int64_t od, int64_t start, int64_t columns, I* to) const {
+    const RawView& view = p_.index;
+    const int64_t pixel = channels_last_ ? t.lanes : 1, height = t.oh_end - t.oh;
+    const char* const from = static_cast<const char*>(view.data) +
+                             offset(view, t.n, t.channel, od, t.oh, start) * codec_.index_size;
+    const auto at = [&](int64_t r, int64_t j) {
+      return from + (r * view.stride[3] + j * view.stride[4]) * codec_.index_size;
+    };
+    if (view.stride[4] == pixel && view.stride[3] == columns * pixel)
+      return codec_.read_index(from, 1, height * columns * pixel, to, 0, 0);
+    for (int64_t r = 0; r < height; ++r, to += columns * pixel) {
+      if (!channels_last_)
+        codec_.read_index(at(r, 0), view.stride[4], columns, to, 0, 0);
+      else if (view.stride[4] == pixel)
+        codec_.read_index(at(r, 0), 1, columns * pixel, to, 0, 0);
+      else
+        for (int64_t j = 0; j < columns; ++j)
+          codec_.read_index(at(r, j), 1, pixel, to + j * pixel, 0, 0);
+    }
+  }
+
+  // Channels innermost: inputs of one phase that the same taps reach, whole pixels at a time.
+  void scatter_columns(const Tile& t, int64_t row_count, int64_t position, L* to,
+                       const Buffers& b) const {
+    const Axis& w = s_.axis[2];
+    const bool flat = p_.kind == IndexKind::flat;
+    const int64_t end_slot = t.slot + t.slots;
+    for (int64_t phase = 0; phase < w.stride; ++phase) {
+      const auto input_at = [&](int64_t slot) { return slot * w.stride + phase - w.pad; };
+      int64_t slot = t.slot;
+      while (slot < end_slot && input_at(slot) < 0) ++slot;
+      while (slot < end_slot && input_at(slot) < w.in) {
+        int64_t count = 0, run = 1;
+        if (slot >= margin_)  // with all of its taps, or the last ones
+          run = std::max<int64_t>(
+              1, std::min({end_slot, w.out, up(w.in - phase + w.pad, w.stride)}) - slot);
+        for (int64_t r = 0; r < row_count; ++r)
+          for (int64_t kw = w.kernel - 1; kw >= 0; --kw) {
+            const int64_t distance = kw * w.dilation - phase;
+            if (distance < 0 || distance % w.stride != 0) continue;
+            const int64_t ow = slot - distance / w.stride;
+            if (ow < 0 || ow >= w.out) continue;
+            b.terms[count++] = {
+                b.rows[r].grad - b.rows[0].grad + ow * p_.output.stride[4],
+                b.rows[r].index - b.rows[0].index + ow * t.lanes,
+                static_cast<I>(flat ? position + input_at(slot) : b.rows[r].own + kw)};
+          }
+        const Sums<L> sums{to + input_at(slot) * p_.input.stride[4],
+                           b.rows[0].grad,
+                           b.rows[0].index,
+                           w.stride * p_.input.stride[4],
+                           p_.output.stride[4],
+                           t.lanes,
+                           flat ? w.stride : 0};
+        add_terms<true, L>(sums, run, t.lanes, b.terms, count);
+        slot += run;
+      }
+    }
+  }
+
+  // ---- staged
+
+  // Rows of gradients and indices, from window slot - margin on, index -1 where there is none.
+  void stage(const Tile& t, const Buffers& b) const {
+    const Axis& w = s_.axis[2];
+    const int64_t start = t.slot - margin_, width = t.slots + margin_;
+    const int64_t first = std::clamp<int64_t>(-start, 0, width);
+    const int64_t end = std::clamp<int64_t>(w.out - start, first, width);
+    const int64_t pixel = channels_last_ ? t.lanes : 1;
+    L* grad = b.grad;
+    I* index = b.index;
+    for (int64_t od = t.od; od < t.od_end; ++od)
+      for (int64_t oh = t.oh; oh < t.oh_end; ++oh, grad += width * pixel, index += width * pixel) {
+        std::fill_n(index, first * pixel, I(-1));
+        std::fill_n(index + end * pixel, (width - end) * pixel, I(-1));
+        if (first == end) continue;
+        const int64_t ow = start + first, columns = end - first;
+        const char* const from = static_cast<const char*>(p_.output.data) +
+                                 offset(p_.output, t.n, t.channel, od, oh, ow) * codec_.size;
+        const char* const chosen = static_cast<const char*>(p_.index.data) +
+                                   offset(p_.index, t.n, t.channel, od, oh, ow) * codec_.index_size;
+        int64_t base = 0, step = 0;
+        if (p_.kind == IndexKind::flat) {
+          base =
+              s_.flat_of(s_.axis[0].input_of(od, 0), s_.axis[1].input_of(oh, 0), w.input_of(ow, 0));
+          step = w.stride;
+        }
+        const int64_t grad_stride = p_.output.stride[4], index_stride = p_.index.stride[4];
+        if (!channels_last_) {
+          codec_.read(from, grad_stride, columns, grad + first);
+          codec_.read_index(chosen, index_stride, columns, index + first, base, step);
+        } else if (step == 0 && grad_stride == pixel && index_stride == pixel) {
+          codec_.read(from, 1, columns * pixel, grad + first * pixel);
+          codec_.read_index(chosen, 1, columns * pixel, index + first * pixel, 0, 0);
+        } else {
+          for (int64_t j = 0; j < columns; ++j) {
+            codec_.read(from + j * grad_stride * codec_.size, 1, pixel, grad + (first + j) * pixel);
+            codec_.read_index(chosen + j * index_stride * codec_.index_size, 1, pixel,
+                              index + (first + j) * pixel, base + j * step, 0);
+          }
+        }
+      }
+  }
+
+  void scatter(const Tile& t, const Buffers& b) const {
+    const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
+    const int64_t pixel = channels_last_ ? t.lanes : 1, pitch = (t.slots + margin_) * pixel;
+    stage(t, b);
+    for (int64_t ih = t.row; ih < t.end; ++ih) {
+      for (int64_t phase = 0; phase < w.stride; ++phase) {
+        int64_t count = 0;
+        for (int64_t od = t.od; od < t.od_end; ++od) {
+          const int64_t kd = d.tap_of(od, t.id);
+          if (kd < 0) continue;
+          for (int64_t oh = h.first_output(ih); oh <= h.last_output(ih); ++oh) {
+            const int64_t kh = h.tap_of(oh, ih);
+            if (kh < 0) continue;
+            const int64_t row = (od - t.od) * (t.oh_end - t.oh) + oh - t.oh;
+            for (int64_t kw = w.kernel - 1; kw >= 0; --kw) {
+              const int64_t distance = kw * w.dilation - phase;
+              if (distance % w.stride != 0 || distance < 0) continue;
+              const int64_t at = row * pitch + (margin_ - distance / w.stride) * pixel;
+              b.terms[count++] = {
+                  at, at, static_cast<I>(kd * weight_[0] + kh * weight_[1] + kw * weight_[2])};
+            }
+          }
+        }
+        add_terms<false, L>({b.sums + phase * phase_size_, b.grad, b.index, 0, 0, 0, 0}, 1,
+                            t.slots * pixel, b.terms, count);
+      }
+      write_row(t, ih, b.sums);
+    }
+  }
+
+  void write_row(const Tile& t, int64_t ih, const L* sums) const {
+    const Axis& w = s_.axis[2];
+    const int64_t phases = w.stride, stride = p_.input.stride[4];
+    const int64_t pixel = channels_last_ ? t.lanes : 1;
+    // Places in the strip that are inputs, and where place 0 would lie.
+    const int64_t origin = t.slot * phases - w.pad;
+    const int64_t first = std::max<int64_t>(-origin, 0);
+    const int64_t end = std::min(w.in - origin, t.slots * phases);
+    char* const row = static_cast<char*>(p_.input.data) +
+                      offset(p_.input, t.n, t.channel, t.id, ih, origin) * codec_.size;
+    const auto at = [&](int64_t e) { return row + e * stride * codec_.size; };
+    const auto write = [&](int64_t from, int64_t to) {
+      for (int64_t e = from; e < to; ++e)
+        codec_.write(at(e), 1, pixel, sums + e % phases * phase_size_ + e / phases * pixel);
+    };
+    if (channels_last_) {
+      if (phases == 1 && stride == pixel)
+        codec_.write(at(first), 1, (end - first) * pixel, sums + first * pixel);
+      else
+        write(first, end);
+      return;
+    }
+    const int64_t group = up(first, phases), groups = end / phases - group;
+    if (phases > 1 && phases <= 4 && stride == 1 && groups > 0) {
+      write(first, group * phases);
+      codec_.join[phases](at(group * phases), groups, sums + group, phase_size_);
+      write((group + groups) * phases, end);
+    } else {
+      for (int64_t phase = 0; phase < phases; ++phase) {
+        const int64_t slot = up(std::max<int64_t>(first - phase, 0), phases);
+        const int64_t e = slot * phases + phase;
+        if (e < end)
+          codec_.write(at(e), phases * stride, up(end - e, phases),
+                       sums + phase * phase_size_ + slot);
+      }
+    }
+  }
+
+  const PoolProblem& p_;
+  const PoolShape& s_;
+  const SumCodec<L>& codec_;
+  bool channels_last_ = false, direct_ = false;
+  RowKernel row_kernel_ = nullptr;
+  int64_t weight_[3] = {0, 0, 0};
+  int64_t group_ = 1, blocks_ = 1, margin_ = 0, slots_ = 1, strips_ = 1, rows_ = 1, bands_ = 1;
+  int64_t staged_rows_ = 0, pitch_ = 0, phase_size_ = 0;
+};
