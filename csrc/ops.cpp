@@ -390,36 +390,37 @@ std::string cpu_pool_rows() { return names_of(pool_rows, pool_row_count); }
 }  // namespace
 
 // `padding` lists hold a (before, after) pair for each spatial axis, the other lists one number.
+// int[], not SymInt[], where no size ever stands: it is cheaper to pass.
 // `impl` is "auto" or the name of the first table row that may take the call.
 STABLE_TORCH_LIBRARY(torch_naiveconv, m) {
   m.def(
-      "conv(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, "
-      "SymInt[] dilation, SymInt groups, str impl) -> Tensor");
+      "conv(Tensor input, Tensor weight, Tensor? bias, int[] stride, SymInt[] padding, "
+      "int[] dilation, SymInt groups, str impl) -> Tensor");
   // bias: that of the transposed convolution, which is this map.
   m.def(
       "conv_grad_input(Tensor grad_output, Tensor weight, Tensor? bias, SymInt[] input_size, "
-      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str impl) -> Tensor");
+      "int[] stride, SymInt[] padding, int[] dilation, SymInt groups, str impl) -> Tensor");
   // total: where the sum goes on from; with it the result is the total itself, not rounded to a
   // 16-bit type. channels_last: the memory format of the result.
   m.def(
       "conv_grad_weight(Tensor grad_output, Tensor input, Tensor? total, SymInt[] kernel_size, "
-      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, bool channels_last, "
+      "int[] stride, SymInt[] padding, int[] dilation, SymInt groups, bool channels_last, "
       "str impl) -> Tensor");
   m.def("conv_grad_bias(Tensor grad_output, Tensor? total, str impl) -> Tensor");
   // indices: "none" (the second result is empty), "offset" (inside the window, smallest type) or
   // "flat" (int64 position in the input plane).
   m.def(
       "max_pool(Tensor input, SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, "
-      "SymInt[] dilation, SymInt[] output_size, str ties, str indices, str impl) "
+      "int[] dilation, SymInt[] output_size, str ties, str indices, str impl) "
       "-> (Tensor, Tensor)");
   // index: what max_pool returned; with ties "all" or "split" the pooled input itself.
   m.def(
       "max_pool_scatter(Tensor grad_output, Tensor index, SymInt[] input_size, "
-      "SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, str ties, "
+      "SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, int[] dilation, str ties, "
       "str impl) -> Tensor");
   m.def(
       "max_pool_gather(Tensor input, Tensor index, SymInt[] output_size, SymInt[] kernel_size, "
-      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, str ties, str impl) -> Tensor");
+      "SymInt[] stride, SymInt[] padding, int[] dilation, str ties, str impl) -> Tensor");
   m.def("max_unpool(Tensor input, Tensor indices, SymInt[] output_size) -> Tensor");
   m.def("max_unpool_gather(Tensor grad_output, Tensor indices) -> Tensor");
   m.def("cpu_conv_rows() -> str");

@@ -5,12 +5,14 @@ the other two; gather and scatter of pooling are each other's derivative. So a h
 gives every order of derivative.
 
 Each rule set is an ``autograd.Function`` (eager mode, ``torch.func`` transforms, forward mode) and
-is also registered with the dispatcher (``torch.compile``, ``torch.export``). ``_call`` chooses. The
-functions at the end have the signatures of the operators in ``ops.py``; call those instead.
+is also registered with the dispatcher (``torch.compile``, ``torch.export``). ``_differentiable``
+makes the functions that choose: those at the end have the signatures of the operators in ``ops.py``;
+call those, not the operators.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,23 +25,12 @@ Ints = list[int]
 _MISSING = (None, None)
 
 
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+
+
 def transforms_active() -> bool:
     """Is a torch.func transform or a forward-mode level active?"""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    )
-
-
-def _call(op: Any, function: type[_Rules], *args: Any) -> Any:
-    if torch.compiler.is_compiling():
-        return op(*args)
-    if transforms_active() or (
-        torch.is_grad_enabled()
-        and any(arg.requires_grad for arg in args[:3] if isinstance(arg, Tensor))
-    ):
-        return function.apply(*args)
-    with ops.below_autograd():
-        return op(*args)
+    return _functorch_level() is not None or forward_ad._current_level >= 0
 
 
 class _Rules(torch.autograd.Function):
@@ -51,13 +42,14 @@ class _Rules(torch.autograd.Function):
     @classmethod
     def forward(cls, *args: Any) -> Any:
         with ops.below_autograd():
-            return cls.op(*args)
+            return cls.op._op(*args)
 
     @staticmethod
     def register(cls: type[_Rules]) -> type[_Rules]:
         torch.library.register_autograd(
             cls.op._schema.name, cls.backward, setup_context=cls.setup_context
         )
+        torch.library.register_vmap(cls.op._schema.name, cls.vmap)
         return cls
 
     @classmethod
@@ -498,37 +490,37 @@ class MaxUnpoolGather(_IndexedMap):
 # ---- the differentiable functions, with the operators' signatures ------------------------------
 
 
-def conv(*args: Any) -> Tensor:
-    return _call(ops.conv, Conv, *args)
+def _differentiable(rules: type[_Rules]) -> Callable[..., Any]:
+    """The operator of a rule set, called in the way that the moment asks for.
+
+    On the shortest road, since a small call costs what it takes to get there: past the signature
+    inspection of ``Function.apply`` and the Python frame of ``OpOverload.__call__``.
+    """
+    op, tensors = rules.op, rules.tensors
+    run, below_autograd = op._op, ops.below_autograd
+    apply = super(torch.autograd.Function, rules).apply
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return op(*args)
+        if transforms_active():
+            return rules.apply(*args)
+        if torch.is_grad_enabled():
+            for arg in args[:tensors]:
+                if arg is not None and arg.requires_grad:
+                    return apply(*args)
+        with below_autograd():
+            return run(*args)
+
+    return call
 
 
-def conv_grad_input(*args: Any) -> Tensor:
-    return _call(ops.conv_grad_input, ConvGradInput, *args)
-
-
-def conv_grad_weight(*args: Any) -> Tensor:
-    return _call(ops.conv_grad_weight, ConvGradWeight, *args)
-
-
-def conv_grad_bias(*args: Any) -> Tensor:
-    return _call(ops.conv_grad_bias, ConvGradBias, *args)
-
-
-def max_pool(*args: Any) -> tuple[Tensor, Tensor]:
-    return _call(ops.max_pool, MaxPool, *args)
-
-
-def max_pool_scatter(*args: Any) -> Tensor:
-    return _call(ops.max_pool_scatter, MaxPoolScatter, *args)
-
-
-def max_pool_gather(*args: Any) -> Tensor:
-    return _call(ops.max_pool_gather, MaxPoolGather, *args)
-
-
-def max_unpool(*args: Any) -> Tensor:
-    return _call(ops.max_unpool, MaxUnpool, *args)
-
-
-def max_unpool_gather(*args: Any) -> Tensor:
-    return _call(ops.max_unpool_gather, MaxUnpoolGather, *args)
+conv = _differentiable(Conv)
+conv_grad_input = _differentiable(ConvGradInput)
+conv_grad_weight = _differentiable(ConvGradWeight)
+conv_grad_bias = _differentiable(ConvGradBias)
+max_pool = _differentiable(MaxPool)
+max_pool_scatter = _differentiable(MaxPoolScatter)
+max_pool_gather = _differentiable(MaxPoolGather)
+max_unpool = _differentiable(MaxUnpool)
+max_unpool_gather = _differentiable(MaxUnpoolGather)

@@ -368,12 +368,13 @@ def _row(kind: str, impl: str | None, device: torch.device) -> str:
     return impl
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autocast_enabled(t: Any) -> bool:
+    return isinstance(t, Tensor) and torch.is_autocast_enabled("cpu" if t.is_cpu else t.device.type)
+
+
+def _autocast(*tensors: Any) -> Any:
     """What autocast does to convolutions: all to the region's type, float64 excepted."""
-    device = tensors[0].device.type  # type: ignore[union-attr]
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(
         t.to(dtype)
         if isinstance(t, Tensor) and t.dtype in (torch.float32, torch.float16, torch.bfloat16)
@@ -425,8 +426,8 @@ def _conv(
     padding_mode: str,
     impl: str | None,
 ) -> Tensor:
-    if isinstance(input, Tensor):
-        input, weight, bias = _autocast(input, weight, bias)  # type: ignore[assignment]
+    if _autocast_enabled(input):
+        input, weight, bias = _autocast(input, weight, bias)
     _check_conv_tensors(dims, input, weight, bias, 0)
     row = "auto" if impl is None else _row("conv", impl, input.device)
     batched = input.dim() == dims + 2
@@ -566,8 +567,8 @@ def _conv_transpose(
     dilation: Size,
     impl: str | None,
 ) -> Tensor:
-    if isinstance(input, Tensor):
-        input, weight, bias = _autocast(input, weight, bias)  # type: ignore[assignment]
+    if _autocast_enabled(input):
+        input, weight, bias = _autocast(input, weight, bias)
     _check_conv_tensors(dims, input, weight, bias, 1)
     row = "auto" if impl is None else _row("conv", impl, input.device)
     batched = input.dim() == dims + 2

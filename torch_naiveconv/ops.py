@@ -61,7 +61,14 @@ def is_channels_last(t: Tensor) -> bool:
 
     The rule of ``csrc/tensor.h``; sizes of 1 count too, so a one-channel image keeps its format.
     """
-    return t.dim() >= 4 and _has_strides(t, True) and not _has_strides(t, False)
+    if t.dim() < 4:
+        return False
+    memory_format = torch.channels_last if t.dim() == 4 else torch.channels_last_3d
+    return (
+        t.is_contiguous(memory_format=memory_format)  # the quick way out
+        and _has_strides(t, True)
+        and not _has_strides(t, False)
+    )
 
 
 def _has_strides(t: Tensor, channels_last: bool) -> bool:
@@ -175,6 +182,5 @@ def _(grad_output, indices):  # type: ignore[no-untyped-def]
     return _empty(grad_output, indices.shape, False)
 
 
-def below_autograd() -> Any:
-    """Call an operator without its autograd kernel: the caller has seen to the derivatives."""
-    return torch._C._AutoDispatchBelowAutograd()
+# Context: operators without their autograd kernels; the caller has seen to the derivatives.
+below_autograd = torch._C._AutoDispatchBelowAutograd
