@@ -3,9 +3,14 @@
 #pragma once
 
 #include "conv_dense.h"
+#include "conv_depthwise.h"
+#include "conv_grad_bias.h"
 
 namespace torch_naiveconv::TNC_ISA {
 
-inline bool run(const ConvProblem& p) { return run_dense(p); }
+inline bool run(const ConvProblem& p) {
+  if (p.direction == Direction::grad_bias) return conv_grad_bias(p);
+  return conv_depthwise(p) || run_dense(p);
+}
 
 }  // namespace torch_naiveconv::TNC_ISA

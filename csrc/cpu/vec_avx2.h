@@ -74,6 +74,10 @@ struct Vec<float> {
     return select(is_nan(a), {_mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000))}, a);
   }
 
+  TNC_INLINE Vec permute(const int32_t* lane) const {
+    const __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lane));
+    return {_mm256_permutevar8x32_ps(v, index)};
+  }
   static TNC_INLINE void transpose(Vec (&r)[lanes]) {
     __m256 b[8];
 #pragma GCC unroll 2
@@ -143,6 +147,11 @@ struct Vec<double> {
     return select(is_nan(a), {_mm256_castsi256_pd(_mm256_set1_epi64x(0x7ff8000000000000))}, a);
   }
 
+  TNC_INLINE Vec permute(const int32_t* lane) const {
+    alignas(32) double from[lanes];
+    _mm256_store_pd(from, v);
+    return {_mm256_setr_pd(from[lane[0]], from[lane[1]], from[lane[2]], from[lane[3]])};
+  }
   static TNC_INLINE void transpose(Vec (&r)[lanes]) {
     const __m256d lo0 = _mm256_unpacklo_pd(r[0].v, r[1].v);
     const __m256d hi0 = _mm256_unpackhi_pd(r[0].v, r[1].v);

@@ -59,6 +59,9 @@ struct Vec<float> {
     return select(is_nan(a), {_mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000))}, a);
   }
 
+  TNC_INLINE Vec permute(const int32_t* lane) const {
+    return {_mm512_permutexvar_ps(_mm512_loadu_si512(lane), v)};
+  }
   static TNC_INLINE void transpose(Vec (&r)[lanes]) {
     __m512 a[16], b[16];
 #pragma GCC unroll 16
@@ -135,6 +138,10 @@ struct Vec<double> {
     return select(is_nan(a), {_mm512_castsi512_pd(_mm512_set1_epi64(0x7ff8000000000000))}, a);
   }
 
+  TNC_INLINE Vec permute(const int32_t* lane) const {
+    const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lane));
+    return {_mm512_permutexvar_pd(_mm512_cvtepi32_epi64(narrow), v)};
+  }
   static TNC_INLINE void transpose(Vec (&r)[lanes]) {
     __m512d a[8];
 #pragma GCC unroll 4

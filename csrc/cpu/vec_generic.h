@@ -8,6 +8,7 @@
 //   fma(a, b, c)           one rounding of a * b + c
 //   Mask                   greater, is_nan, first(n), select(mask, yes, no), any(mask)
 //   canonical              every NaN becomes the canonical one
+//   permute(lane)          result[i] = this[lane[i]]
 //   transpose(r)           lanes x lanes
 //
 // Subnormal operands and results are flushed or kept as FloatEnvironment says, which is the
@@ -96,6 +97,11 @@ struct Vec {
     return select(is_nan(a), broadcast(canonical_nan<T>()), a);
   }
 
+  TNC_INLINE Vec permute(const int32_t* lane) const {
+    Vec r;
+    for (int i = 0; i < lanes; ++i) r.v[i] = v[lane[i]];
+    return r;
+  }
   static TNC_INLINE void transpose(Vec (&r)[lanes]) {
     Vec t[lanes];
     for (int i = 0; i < lanes; ++i)
