@@ -59,10 +59,12 @@ bool grad_bias(const ConvProblem& p) {
     if (stride[2] == width * stride[4] || depth == 1) width *= depth, depth = 1;
   }
   const auto work = [&](int64_t begin, int64_t end) {
-    E* const panel = scratch<E>(1, full * L);
+    Arena& arena = task_arena();
+    arena.reset(Arena::bytes_for<E>(full * L));
+    E* const panel = arena.take<E>(full * L);
     for (int64_t block = begin; block < end; ++block) {
       const int used = static_cast<int>(smaller(L, s.out_channels - block * L));
-      const ChannelLanes<T> lanes(used, stride[1], stride[4], [&](int l) { return block * L + l; });
+      const ChannelLanes<T> lanes(p.output, 1, 1, s.out_channels, block, 1);
       E sums[L] = {};
       for (int l = 0; earlier && l < used; ++l) sums[l] = earlier[block * L + l];
       V total = V::load(sums);
@@ -74,7 +76,7 @@ bool grad_bias(const ConvProblem& p) {
                                  d * stride[2] + h * stride[3];
             for (int64_t w = 0; w < width;) {
               const int64_t piece = smaller(width - w, full - held);
-              lanes.fetch(row + w * stride[4], piece, panel + held * L);
+              lanes.fetch(row + w * stride[4], piece, panel + held * L, 0, 0);
               w += piece;
               held += piece;
               if (held == full) total = fold_pixels<T>(panel, full, total), held = 0;
