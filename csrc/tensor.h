@@ -96,7 +96,8 @@ inline Tensor dense(const Tensor& t) {
   return torch::stable::contiguous(t);
 }
 
-// Allocated through the C shim: a third of the cost of a dispatched `empty`, which small calls feel.
+// Allocated through the C shim: a third of the cost of a dispatched `empty`, which small calls
+// feel.
 inline Tensor new_tensor(const Tensor& like, const Ints& sizes, bool channels_last,
                          std::optional<ScalarType> dtype = std::nullopt) {
   const size_t dim = sizes.size();
@@ -118,9 +119,9 @@ inline Tensor new_tensor(const Tensor& like, const Ints& sizes, bool channels_la
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(dim), sizes.data(), strides.data(), type,
-                               device_type, device_index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dim), sizes.data(),
+                                                         strides.data(), type, device_type,
+                                                         device_index, &handle));
   return Tensor(handle);
 }
 

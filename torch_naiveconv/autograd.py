@@ -6,8 +6,8 @@ gives every order of derivative.
 
 Each rule set is an ``autograd.Function`` (eager mode, ``torch.func`` transforms, forward mode) and
 is also registered with the dispatcher (``torch.compile``, ``torch.export``). ``_differentiable``
-makes the functions that choose: those at the end have the signatures of the operators in ``ops.py``;
-call those, not the operators.
+makes the functions at the end, which choose; they have the signatures of the operators in
+``ops.py``: call them, not the operators.
 """
 
 from __future__ import annotations
