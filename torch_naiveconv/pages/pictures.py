@@ -267,10 +267,11 @@ def save_gif(
         sheet = Image.new("RGB", size, "white")
         sheet.paste(image, (0, 0))
         pages.append(sheet)
-    swatches = pages[0].copy()  # median cut would merge the rare colours of the roles
-    for i, colour in enumerate((INK, LIT, CHOSEN, "white")):
-        swatches.paste(colour, (0, 40 * i, size[0], 40 * i + 40))
-    palette = swatches.quantize(127, dither=Image.Dither.NONE)
+    sample = Image.new("RGB", (size[0], 3 * size[1]))
+    for i, sheet in enumerate((pages[0], pages[len(pages) // 2], pages[-1])):
+        sample.paste(sheet, (0, i * size[1]))
+    method = Image.Quantize.FASTOCTREE  # median cut merges the rare colours of the roles
+    palette = sample.quantize(63, method=method, dither=Image.Dither.NONE)
     frames = [sheet.quantize(palette=palette, dither=Image.Dither.NONE) for sheet in pages]
     frames[0].save(
         path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, optimize=True
