@@ -1,11 +1,14 @@
 """Convolution and max-pooling for PyTorch whose every bit is defined by the naive loop.
 
 ``functional`` has the functions of ``torch.nn.functional``, ``modules`` the layers, ``convert``
-exchanges the layers of a model, ``cs231n`` has the course's four functions.
+exchanges the layers of a model, ``explain`` describes them, ``conv_matrix`` is a convolution as a
+sparse matrix, ``cs231n`` has the course's four functions.
 """
 
 from . import cs231n, functional
+from .explain_model import explain
 from .functional import implementations
+from .matrix import conv_matrix
 from .modules import (
     Conv1d,
     Conv2d,
@@ -41,8 +44,10 @@ __all__ = [
     "MaxUnpool1d",
     "MaxUnpool2d",
     "MaxUnpool3d",
+    "conv_matrix",
     "convert",
     "cs231n",
+    "explain",
     "functional",
     "implementations",
 ]
