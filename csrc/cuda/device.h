@@ -20,6 +20,8 @@ class Device {
   ~Device() = default;
 };
 
+#ifdef __CUDACC__
+
 template <class Body>
 __global__ void __launch_bounds__(256, 1) each_element(const __grid_constant__ Body body,
                                                     int64_t count) {
@@ -37,5 +39,7 @@ void launch_each(Device& device, int64_t count, const Body& body) {
       body, count);
   device.check(cudaGetLastError());
 }
+
+#endif  // __CUDACC__
 
 }  // namespace torch_naiveconv

@@ -5,9 +5,12 @@
 
 #ifdef __CUDACC__
 #define TNC_UNROLL _Pragma("unroll")  // so that arrays indexed in the loop stay in registers
+#define TNC_PRAGMA(text) _Pragma(#text)
+#define TNC_UNROLL_IF(condition) TNC_PRAGMA(unroll((condition) ? 64 : 1))
 #define TNC_COLD __host__ __device__ __noinline__
 #else
 #define TNC_UNROLL
+#define TNC_UNROLL_IF(condition)
 #define TNC_COLD inline
 #endif
 

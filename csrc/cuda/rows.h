@@ -21,7 +21,6 @@ extern const CudaConvRow cuda_conv_depthwise, cuda_conv_tiled, cuda_conv_naive;
 extern const CudaPoolRow cuda_pool_quads, cuda_pool_naive;
 
 // An index outside of [0, outputs) is dropped: to report it would mean waiting for the device.
-// `owner` of run_unpool's two passes is workspace: see max_unpool.cu.
 void cuda_unpool(const UnpoolProblem& problem, Device& device);
 
 }  // namespace torch_naiveconv

@@ -441,6 +441,22 @@ TNC_HD void compute_tile(Block& block, const TileLaunch& launch, typename Config
     block.each([&](int thread, Thread& me) { kernel.finish(me, thread); });
 }
 
+// total + value[0] + value[stride] + ..., left to right, many values on their way at a time.
+template <class T>
+TNC_HD Total<T> fold_groups(Total<T> total, const Total<T>* values, int64_t stride, int64_t count) {
+  constexpr int batch = 16;
+  int64_t g = 0;
+  for (; g + batch <= count; g += batch) {
+    Total<T> loaded[batch];
+    TNC_UNROLL
+    for (int i = 0; i < batch; ++i) loaded[i] = values[(g + i) * stride];
+    TNC_UNROLL
+    for (int i = 0; i < batch; ++i) total = Arithmetic<T>::fold(total, loaded[i]);
+  }
+  for (; g < count; ++g) total = Arithmetic<T>::fold(total, values[g * stride]);
+  return total;
+}
+
 // One result after a launch with a workspace: the next groups added to its total in order. The
 // totals between launches wait in `running`.
 template <class T>
@@ -451,9 +467,9 @@ TNC_HD void fold_element(const TileLaunch& launch, Total<T>* running, bool first
   const auto* workspace = static_cast<const Total<T>*>(launch.workspace);
   const int64_t results = flat_result(l, l.groups, 0, 0);
   const auto* earlier = static_cast<const Total<T>*>(l.total);
-  Total<T> total = !first ? running[flat] : earlier != nullptr ? earlier[flat] : Total<T>(0);
-  for (int g = 0; g < launch.last_group - launch.first_group; ++g)
-    total = Arithmetic<T>::fold(total, workspace[g * results + flat]);
+  const Total<T> begin = !first ? running[flat] : earlier != nullptr ? earlier[flat] : Total<T>(0);
+  const Total<T> total = fold_groups<T>(begin, workspace + flat, results,
+                                        launch.last_group - launch.first_group);
   if (!last) {
     running[flat] = total;
     return;
