@@ -48,11 +48,13 @@ struct GradWeight {
     const Position k =
         Position::of(flat, s.group_in(), s.axis[0].kernel, s.axis[1].kernel, s.axis[2].kernel);
     const auto* total = static_cast<const Total<T>*>(p.total);
-    const auto sum = conv_grad_weight_at(s, p.output.as<const T>(), p.input.as<const T>(),
-                                         total ? total[flat] : Total<T>(0), k.n, k.c, k.d, k.h, k.w);
+    const auto sum =
+        conv_grad_weight_at(s, p.output.as<const T>(), p.input.as<const T>(),
+                            total ? total[flat] : Total<T>(0), k.n, k.c, k.d, k.h, k.w);
     const auto& stride = p.weight.stride;
-    store<T>(sum, p.keep_total, p.weight.data,
-             k.n * stride[0] + k.c * stride[1] + k.d * stride[2] + k.h * stride[3] + k.w * stride[4]);
+    store<T>(
+        sum, p.keep_total, p.weight.data,
+        k.n * stride[0] + k.c * stride[1] + k.d * stride[2] + k.h * stride[3] + k.w * stride[4]);
   }
 };
 
@@ -61,23 +63,25 @@ struct GradBias {
   ConvProblem p;
   __device__ void operator()(int64_t oc) const {
     const auto* total = static_cast<const Total<T>*>(p.total);
-    store<T>(conv_grad_bias_at(p.shape, p.output.as<const T>(), total ? total[oc] : Total<T>(0), oc),
-             p.keep_total, p.weight.data, oc);
+    store<T>(
+        conv_grad_bias_at(p.shape, p.output.as<const T>(), total ? total[oc] : Total<T>(0), oc),
+        p.keep_total, p.weight.data, oc);
   }
 };
 
 bool run(const ConvProblem& p, Device& device) {
+  Launcher launcher{device};
   const ConvShape& s = p.shape;
   with_type(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     switch (p.direction) {
       case Direction::forward:
-        return launch_each(device, s.batch * s.out_channels * s.outputs(), Forward<T>{p});
+        return launcher.each(s.batch * s.out_channels * s.outputs(), Forward<T>{p});
       case Direction::grad_input:
-        return launch_each(device, s.batch * s.in_channels * s.inputs(), GradInput<T>{p});
+        return launcher.each(s.batch * s.in_channels * s.inputs(), GradInput<T>{p});
       case Direction::grad_weight:
-        return launch_each(device, s.out_channels * s.group_in() * s.taps(), GradWeight<T>{p});
-      case Direction::grad_bias: return launch_each(device, s.out_channels, GradBias<T>{p});
+        return launcher.each(s.out_channels * s.group_in() * s.taps(), GradWeight<T>{p});
+      case Direction::grad_bias: return launcher.each(s.out_channels, GradBias<T>{p});
     }
   });
   return true;

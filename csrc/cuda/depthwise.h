@@ -5,6 +5,7 @@
 // host tests.
 #pragma once
 
+#include "../spec/max_pool.h"
 #include "tile.h"
 
 namespace torch_naiveconv {
@@ -65,8 +66,8 @@ struct DepthwiseForward {
     const Axis(&axis)[3] = p.shape.axis;
     const auto o = plan.site_of(static_cast<uint32_t>(thread));
     const int channel = static_cast<int>(plan.by_multiplier.quotient(static_cast<uint32_t>(o.c)));
-    const T* plane = static_cast<const T*>(p.input.data) + o.n * p.input.stride[0] +
-                     channel * p.input.stride[1];
+    const T* plane =
+        static_cast<const T*>(p.input.data) + o.n * p.input.stride[0] + channel * p.input.stride[1];
     const T* filter = static_cast<const T*>(p.weight.data) + o.c * p.weight.stride[0];
     OrderedSum<T> sum[depthwise_run];
     const int kd_count = static_cast<int>(axis[0].kernel);
@@ -101,9 +102,9 @@ struct DepthwiseForward {
             TNC_UNROLL
             for (int r = 0; r < depthwise_run; ++r) {
               const int iw = static_cast<int>(axis[2].input_of(o.w + r, kw));
-              sum[r].step(row_exists && inside(iw, axis[2].in) ? row[iw * p.input.stride[4]]
-                                                               : zero<T>(),
-                          tap);
+              sum[r].step(
+                  row_exists && inside(iw, axis[2].in) ? row[iw * p.input.stride[4]] : zero<T>(),
+                  tap);
             }
           }
         }
@@ -112,7 +113,8 @@ struct DepthwiseForward {
     const T bias = p.bias != nullptr ? static_cast<const T*>(p.bias)[o.c] : zero<T>();
     TNC_UNROLL
     for (int r = 0; r < depthwise_run; ++r)
-      if (o.w + r < axis[2].out) p.output.as<T>().at(o.n, o.c, o.d, o.h, o.w + r) = sum[r].result(bias);
+      if (o.w + r < axis[2].out)
+        p.output.as<T>().at(o.n, o.c, o.d, o.h, o.w + r) = sum[r].result(bias);
   }
 };
 
@@ -153,8 +155,8 @@ struct DepthwiseGradInput {
     const ConvProblem& p = plan.problem;
     const Axis(&axis)[3] = p.shape.axis;
     const auto i = plan.site_of(static_cast<uint32_t>(thread));
-    const T* plane = static_cast<const T*>(p.output.data) + i.n * p.output.stride[0] +
-                     i.c * p.output.stride[1];
+    const T* plane =
+        static_cast<const T*>(p.output.data) + i.n * p.output.stride[0] + i.c * p.output.stride[1];
     const T* filter = static_cast<const T*>(p.weight.data) + i.c * p.weight.stride[0];
     OrderedSum<T> sum[depthwise_run];
     if constexpr (width > 0) {
@@ -178,10 +180,12 @@ struct DepthwiseGradInput {
     TNC_UNROLL_IF(width > 0)
     for (int r = 0; r < depthwise_run; ++r) {
       if (i.w + r >= axis[2].in) continue;
-      T result = sum[r].result(bias);
-      if (width == 0 || is_nan(result))
-        result = exact_sum(plane, filter, i.d, i.h, i.w + r).result(bias);
-      grad_input.at(i.n, i.c, i.d, i.h, i.w + r) = result;
+      T& result = grad_input.at(i.n, i.c, i.d, i.h, i.w + r);
+      if constexpr (width > 0) {
+        result = sum[r].result(bias);
+        if (!is_nan(result)) continue;
+      }
+      result = exact_sum(plane, filter, i.d, i.h, i.w + r).result(bias);
     }
   }
 
@@ -272,17 +276,17 @@ struct GroupSums {
     int ow = static_cast<int>(plan.out[2].take(rest));
     int oh = static_cast<int>(plan.out[1].take(rest));
     int od = static_cast<int>(rest);
-    const T* gradient = static_cast<const T*>(p.output.data) + n * p.output.stride[0] +
-                        oc * p.output.stride[1];
+    const T* gradient =
+        static_cast<const T*>(p.output.data) + n * p.output.stride[0] + oc * p.output.stride[1];
     const int channel = static_cast<int>(plan.by_multiplier.quotient(static_cast<uint32_t>(oc)));
-    const T* input = static_cast<const T*>(p.input.data) + n * p.input.stride[0] +
-                     channel * p.input.stride[1];
+    const T* input =
+        static_cast<const T*>(p.input.data) + n * p.input.stride[0] + channel * p.input.stride[1];
 
     constexpr int run = bias ? 1 : depthwise_run;
     typename Sum::Chain chain[run];
     for (; position < end; ++position) {
-      const auto g = Sum::load(gradient[od * p.output.stride[2] + oh * p.output.stride[3] +
-                                        ow * p.output.stride[4]]);
+      const auto g = Sum::load(
+          gradient[od * p.output.stride[2] + oh * p.output.stride[3] + ow * p.output.stride[4]]);
       const bool odd = (position & 1) != 0;
       if constexpr (bias) {
         Sum::step(chain[0], g, typename Sum::Value(1), odd);
@@ -294,7 +298,8 @@ struct GroupSums {
         TNC_UNROLL
         for (int r = 0; r < run; ++r) {
           const int iw = static_cast<int>(axis[2].input_of(ow, kw + r));
-          const T x = row_exists && inside(iw, axis[2].in) ? row[iw * p.input.stride[4]] : zero<T>();
+          const T x =
+              row_exists && inside(iw, axis[2].in) ? row[iw * p.input.stride[4]] : zero<T>();
           Sum::step(chain[r], g, Sum::load(x), odd);
         }
       }
@@ -344,5 +349,76 @@ struct FoldGroups {
       static_cast<T*>(p.weight.data)[at] = sum.result(zero<T>());
   }
 };
+
+// ---- which kernel
+// --------------------------------------------------------------------------------
+
+// Calls visit with width and stride where there is an unrolled kernel for them, else with 0 and 1.
+template <class T, class Visit>
+void with_kernel(const ConvShape& s, const Visit& visit) {
+  const Axis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
+  const bool square = d.kernel == 1 && d.stride == 1 && d.pad == 0 && h.kernel == w.kernel &&
+                      h.stride == w.stride && h.dilation == 1 && w.dilation == 1;
+  using Zero = std::integral_constant<int, 0>;
+  using One = std::integral_constant<int, 1>;
+  using Two = std::integral_constant<int, 2>;
+  using Three = std::integral_constant<int, 3>;
+  using Five = std::integral_constant<int, 5>;
+  using Seven = std::integral_constant<int, 7>;
+  if constexpr (std::is_same_v<T, float>) {
+    if (square && w.stride == 1 && w.kernel == 3) return visit(Three{}, One{});
+    if (square && w.stride == 1 && w.kernel == 5) return visit(Five{}, One{});
+    if (square && w.stride == 1 && w.kernel == 7) return visit(Seven{}, One{});
+    if (square && w.stride == 2 && w.kernel == 3) return visit(Three{}, Two{});
+    if (square && w.stride == 2 && w.kernel == 5) return visit(Five{}, Two{});
+  }
+  visit(Zero{}, One{});
+}
+
+template <class T, class Launcher>
+void launch_groups(const ConvProblem& p, Launcher& launcher) {
+  const GroupPlan plan = make_group_plan(p, group_length<T>);
+  const int64_t values = p.shape.batch * plan.groups * plan.elements;
+  auto* workspace =
+      static_cast<Total<T>*>(launcher.allocate(values * static_cast<int64_t>(sizeof(Total<T>))));
+  if (p.direction == Direction::grad_bias)
+    launcher.each(plan.threads, GroupSums<T, true>{plan, workspace});
+  else
+    launcher.each(plan.threads, GroupSums<T, false>{plan, workspace});
+  launcher.each(plan.elements, FoldGroups<T>{plan, workspace});
+}
+
+// Returns false to decline.
+template <class Launcher>
+bool launch_depthwise(const ConvProblem& p, Launcher& launcher) {
+  const ConvShape& s = p.shape;
+  constexpr int64_t most = int64_t{1} << 29;
+  if (p.dtype > DType::bfloat16) return false;
+  if (p.direction == Direction::grad_bias) {
+    if (s.batch * s.out_channels >= most || s.outputs() >= most ||
+        s.batch * s.out_channels * ceil_div(s.outputs(), 32) >= most)
+      return false;
+  } else {
+    const bool one_filter = s.group_out() == 1;
+    if (s.group_in() != 1 || (p.direction == Direction::grad_input && !one_filter)) return false;
+    if (!fits(p) || s.batch * s.in_channels * s.inputs() >= most ||
+        s.batch * s.out_channels * s.outputs() >= most || s.taps() > 1024 ||
+        s.batch * s.out_channels * ceil_div(s.outputs(), 32) * s.taps() >= most)
+      return false;
+  }
+  with_float_type(p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (p.direction == Direction::grad_weight || p.direction == Direction::grad_bias)
+      return launch_groups<T>(p, launcher);
+    const DepthwisePlan plan = make_depthwise_plan(p);
+    with_kernel<T>(s, [&](auto width, auto stride) {
+      if (p.direction == Direction::forward)
+        launcher.each(plan.threads, DepthwiseForward<T, width(), stride()>{plan});
+      else
+        launcher.each(plan.threads, DepthwiseGradInput<T, width(), stride()>{plan});
+    });
+  });
+  return true;
+}
 
 }  // namespace torch_naiveconv

@@ -2,14 +2,15 @@
 // A[row][term] * B[term][lane]. Index arithmetic only, host and device; tile.h computes with it.
 //
 //               rows             lanes                terms, in the contract's order  A        B
-//   forward     output channels  (n, od, oh, ow)      (ic, kd, kh, kw)                weight   input
-//   grad_input  input channels   (n, id, ih, iw)      (oc, kd, kh, kw)                weight   output
-//   grad_weight output channels  (ic, kd, kh, kw)     (n, od, oh, ow)                 output   input
+//   forward     output channels  (n, od, oh, ow)      (ic, kd, kh, kw)                weight input
+//   grad_input  input channels   (n, id, ih, iw)      (oc, kd, kh, kw)                weight output
+//   grad_weight output channels  (ic, kd, kh, kw)     (n, od, oh, ow)                 output input
 //
 // B is read at the sum of a lane's and a term's coordinates; a sum outside of B is a zero (padding,
 // or a tap that meets no output). The input gradient is cut into phases, one for each
 // (i + pad) mod stride: in a phase coordinates are linear, and only the taps that can meet an
-// output are terms; they keep the numbers, hence the group and the parity, that they have among all.
+// output are terms; they keep the numbers, hence the group and the parity, that they have among
+// all.
 #pragma once
 
 #include "../cpu/conv.h"
@@ -17,7 +18,7 @@
 
 namespace torch_naiveconv {
 
-constexpr int max_phases = 8;           // in one launch
+constexpr int max_phases = 8;            // in one launch
 constexpr int far_outside = -(1 << 30);  // a coordinate that no partner brings back into B
 
 // Where a lane or a term stands: its share of the offset into B and of the coordinates there, and
@@ -236,7 +237,8 @@ inline Phase forward_phase(const ConvProblem& p, int group_terms, int block_term
   phase.terms.digits = Digits(s.axis[0].kernel, s.axis[1].kernel, s.axis[2].kernel);
   phase.terms.outer = p.input.stride[1];
   phase.terms.other_outer = p.weight.stride[1];
-  phase.chain = make_chain(s.group_in() * s.taps(), s.taps(), s.taps(), 1, group_terms, block_terms);
+  phase.chain =
+      make_chain(s.group_in() * s.taps(), s.taps(), s.taps(), 1, group_terms, block_terms);
   phase.chain.number_outer = static_cast<int>(s.taps());
   int64_t number = 1;
   for (int a = 2; a >= 0; --a) {
@@ -283,8 +285,9 @@ inline Phase grad_input_phase(const ConvProblem& p, int64_t index, int group_ter
     while (first < step && first * axis.dilation % axis.stride != residue) ++first;
     taps[a].first = static_cast<int>(first);
     taps[a].step = static_cast<int>(step);
-    taps[a].count =
-        first == step || first >= axis.kernel ? 0 : static_cast<int>(ceil_div(axis.kernel - first, step));
+    taps[a].count = first == step || first >= axis.kernel
+                        ? 0
+                        : static_cast<int>(ceil_div(axis.kernel - first, step));
     existing *= taps[a].count;
     phase.lanes.first[a] = static_cast<int>((shift + axis.pad - residue) / axis.stride);
     phase.lanes.step[a] = 1;
@@ -303,7 +306,8 @@ inline Phase grad_input_phase(const ConvProblem& p, int64_t index, int group_ter
   phase.lane_count = static_cast<int>(lanes);
   phase.lanes.digits = Digits(positions[0], positions[1], positions[2]);
   phase.terms.digits = Digits(taps[0].count, taps[1].count, taps[2].count);
-  phase.chain = make_chain(s.group_out() * s.taps(), s.taps(), existing, 1, group_terms, block_terms);
+  phase.chain =
+      make_chain(s.group_out() * s.taps(), s.taps(), existing, 1, group_terms, block_terms);
   phase.chain.number_first = number_first;
   phase.chain.number_outer = static_cast<int>(s.taps());
   for (int a = 0; a < 3; ++a) {
@@ -326,7 +330,8 @@ inline Phase grad_weight_phase(const ConvProblem& p, int group_terms, int block_
   phase.terms.digits = Digits(s.axis[0].out, s.axis[1].out, s.axis[2].out);
   phase.terms.outer = p.input.stride[0];
   phase.terms.other_outer = p.output.stride[0];
-  phase.chain = make_chain(s.outputs(), s.outputs(), s.outputs(), s.batch, group_terms, block_terms);
+  phase.chain =
+      make_chain(s.outputs(), s.outputs(), s.outputs(), s.batch, group_terms, block_terms);
   int64_t number = 1;  // starts afresh at each sample: number_outer is 0
   for (int a = 2; a >= 0; --a) {
     const Axis& axis = s.axis[a];
@@ -366,11 +371,11 @@ inline bool fits(const ConvProblem& p) {
   const RawView& b = p.direction == Direction::grad_input ? p.output : p.input;
   const RawView& a = weight_gradient ? p.output : p.weight;
   if (s.batch >= most || s.in_channels >= most || s.out_channels >= most) return false;
-  int64_t b_reach = weight_gradient ? s.batch * b.stride[0]
-                                    : (p.direction == Direction::grad_input ? s.group_out()
-                                                                            : s.group_in()) *
-                                          b.stride[1];
-  int64_t a_reach = weight_gradient ? s.batch * a.stride[0]
+  int64_t b_reach =
+      weight_gradient
+          ? s.batch * b.stride[0]
+          : (p.direction == Direction::grad_input ? s.group_out() : s.group_in()) * b.stride[1];
+  int64_t a_reach = weight_gradient                        ? s.batch * a.stride[0]
                     : p.direction == Direction::grad_input ? s.out_channels * a.stride[0]
                                                            : s.group_in() * a.stride[1];
   double taps = 1, inputs = 1, outputs = 1;  // products that may overflow

@@ -6,20 +6,6 @@
 namespace torch_naiveconv {
 namespace {
 
-bool run_quads(const PoolProblem& p, Device& device) {
-  if (p.direction == PoolDirection::gather || p.ties > Ties::last || !fits(p)) return false;
-  const PoolPlan plan = make_plan(p);
-  const int64_t threads = threads_for_four(plan.elements.count);
-  with_type(p.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    if (p.direction == PoolDirection::forward)
-      launch_each(device, threads, PoolForward<T>{plan});
-    else
-      launch_each(device, threads, PoolScatter<T>{plan});
-  });
-  return true;
-}
-
 template <class Visit>
 __device__ void with_index_type(IndexType type, const Visit& visit) {
   switch (type) {
@@ -77,8 +63,8 @@ struct NaiveGather {
     const auto input = p.input.as<const T>();
     T& output = p.output.as<T>().at(o.n, o.c, o.d, o.h, o.w);
     if (p.ties > Ties::last) {
-      output = max_pool_ties_gather_at(s, input, p.index.as<const T>(), p.ties, o.n, o.c, o.d, o.h,
-                                       o.w);
+      output =
+          max_pool_ties_gather_at(s, input, p.index.as<const T>(), p.ties, o.n, o.c, o.d, o.h, o.w);
       return;
     }
     with_index_type(p.index_type, [&](auto tag) {
@@ -89,48 +75,23 @@ struct NaiveGather {
 };
 
 bool run_naive(const PoolProblem& p, Device& device) {
+  Launcher launcher{device};
   const PoolShape& s = p.shape;
   const int64_t planes = s.batch * s.channels;
   with_type(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     switch (p.direction) {
-      case PoolDirection::forward:
-        return launch_each(device, planes * s.outputs(), NaiveForward<T>{p});
-      case PoolDirection::scatter:
-        return launch_each(device, planes * s.inputs(), NaiveScatter<T>{p});
-      case PoolDirection::gather:
-        return launch_each(device, planes * s.outputs(), NaiveGather<T>{p});
+      case PoolDirection::forward: return launcher.each(planes * s.outputs(), NaiveForward<T>{p});
+      case PoolDirection::scatter: return launcher.each(planes * s.inputs(), NaiveScatter<T>{p});
+      case PoolDirection::gather: return launcher.each(planes * s.outputs(), NaiveGather<T>{p});
     }
   });
   return true;
 }
 
-// Values are only copied: a type of the same size will do.
-template <class Visit>
-void with_copied_type(DType dtype, const Visit& visit) {
-  with_type(dtype, [&](auto tag) {
-    constexpr size_t size = sizeof(typename decltype(tag)::type);
-    if constexpr (size == 1)
-      visit(Tag<uint8_t>{});
-    else if constexpr (size == 2)
-      visit(Tag<uint16_t>{});
-    else if constexpr (size == 4)
-      visit(Tag<uint32_t>{});
-    else
-      visit(Tag<uint64_t>{});
-  });
-}
-
-template <class T, class Number>
-void unpool(const UnpoolProblem& p, Device& device) {
-  const int64_t bytes = p.planes * p.outputs * static_cast<int64_t>(sizeof(Number));
-  auto* owner = static_cast<Number*>(device.allocate(bytes));
-  device.check(cudaMemsetAsync(owner, 0xff, static_cast<size_t>(bytes), device.stream));  // -1
-  launch_each(device, p.planes * p.inputs, UnpoolOwners<Number>{p, owner});
-  if (p.transpose)
-    launch_each(device, p.planes * p.inputs, UnpoolGather<T, Number>{p, owner});
-  else
-    launch_each(device, p.planes * p.outputs, UnpoolForward<T, Number>{p, owner});
+bool run_quads(const PoolProblem& p, Device& device) {
+  Launcher launcher{device};
+  return launch_quads(p, launcher);
 }
 
 }  // namespace
@@ -139,13 +100,8 @@ const CudaPoolRow cuda_pool_quads{"quads", run_quads};
 const CudaPoolRow cuda_pool_naive{"naive", run_naive};
 
 void cuda_unpool(const UnpoolProblem& p, Device& device) {
-  with_copied_type(p.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    if (p.inputs <= INT32_MAX)
-      unpool<T, int>(p, device);
-    else
-      unpool<T, long long>(p, device);
-  });
+  Launcher launcher{device};
+  launch_unpool(p, launcher);
 }
 
 }  // namespace torch_naiveconv

@@ -1,5 +1,6 @@
 // The CUDA library: takes problems (../operators.h) to the tables of rows.h, on the current stream
 // of the tensors' device. Loaded beside the CPU library, which declares the operators.
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -12,14 +13,26 @@ namespace {
 const CudaConvRow* const conv_rows[] = {&cuda_conv_depthwise, &cuda_conv_tiled, &cuda_conv_naive};
 const CudaPoolRow* const pool_rows[] = {&cuda_pool_quads, &cuda_pool_naive};
 
+// The one function needed of torch's own CUDA library, which a torch to build with may lack. It is in
+// the process already where torch has CUDA.
+using CurrentStream = AOTITorchError (*)(int32_t device_index, void** stream);
+CurrentStream current_stream() {
+  static const auto function = []() -> CurrentStream {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    if (library == nullptr) return nullptr;
+    return reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  STD_TORCH_CHECK(function != nullptr, "torch_naiveconv: this torch has no CUDA");
+  return function;
+}
+
 // A call: its device made current, its stream, and workspace that lives until the call returns (the
 // caching allocator gives it to later work of the same stream only, so nothing has to wait).
 class Call final : public Device {
  public:
   explicit Call(const Tensor& like) : like_(like), guard_(like.get_device_index()) {
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(like.get_device_index(), &current));
+    STABLE_TORCH_ERROR_CODE_CHECK(current_stream()(like.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
   }
   void* allocate(int64_t bytes) override {
@@ -27,7 +40,10 @@ class Call final : public Device {
     memory_.push_back(torch::stable::new_empty(like_, Sizes(size.data(), 1), ScalarType::Byte));
     return memory_.back().data_ptr();
   }
-  void check(cudaError_t error) override { STD_CUDA_CHECK(error); }
+  void check(cudaError_t error) override {
+    STD_TORCH_CHECK(error == cudaSuccess,
+                    "torch_naiveconv: a CUDA launch failed: ", cudaGetErrorString(error));
+  }
 
  private:
   const Tensor& like_;

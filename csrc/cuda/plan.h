@@ -16,10 +16,9 @@ struct SplitRule {
   int64_t workspace_bytes = int64_t{64} << 20;
 };
 
-// Launcher: allocate(bytes), tiles<Config>(launch, blocks), fold<T>(launch, running, first, last,
-// count).
+// Launcher: allocate(bytes), each(count, body), tiles<Config>(launch, blocks).
 template <class Config, class Launcher>
-void run_tiles(const ConvProblem& p, const SplitRule& rule, Launcher& launcher) {
+void launch_tiles(const ConvProblem& p, const SplitRule& rule, Launcher& launcher) {
   using T = typename Config::Element;
   const int64_t phases = phase_count(p);
   TileLaunch launch{};
@@ -50,14 +49,15 @@ void run_tiles(const ConvProblem& p, const SplitRule& rule, Launcher& launcher) 
     const int64_t group_bytes = results * static_cast<int64_t>(sizeof(Total<T>));
     const int64_t chunk = std::clamp<int64_t>(rule.workspace_bytes / group_bytes, 1, groups);
     launch.workspace = launcher.allocate(chunk * group_bytes);
-    auto* running = static_cast<Total<T>*>(chunk < groups ? launcher.allocate(group_bytes) : nullptr);
+    auto* running =
+        static_cast<Total<T>*>(chunk < groups ? launcher.allocate(group_bytes) : nullptr);
     for (int64_t group = 0; group < groups; group += chunk) {
       launch.first_group = static_cast<int>(group);
       launch.last_group = static_cast<int>(std::min(group + chunk, groups));
       launch.splits = static_cast<int>(std::min<int64_t>(launch.last_group - launch.first_group,
                                                          ceil_div(rule.wanted_blocks, blocks)));
       launcher.template tiles<Config>(launch, blocks * launch.splits);
-      launcher.template fold<T>(launch, running, group == 0, launch.last_group == groups, results);
+      launcher.each(results, Fold<T>{launch, running, group == 0, launch.last_group == groups});
     }
   }
 }
@@ -86,7 +86,7 @@ struct Tiles<double> {
 };
 
 template <class T, class Launcher>
-void run_tiled(const ConvProblem& p, Launcher& launcher) {
+void launch_best_tiles(const ConvProblem& p, Launcher& launcher) {
   const SplitRule rule;
   const ConvShape& s = p.shape;
   const int64_t rows = p.direction == Direction::grad_input ? s.group_in() : s.group_out();
@@ -96,13 +96,22 @@ void run_tiled(const ConvProblem& p, Launcher& launcher) {
   using Large = typename Tiles<T>::Large;
   const int64_t large = ceil_div(rows, Large::rows) * ceil_div(lanes, Large::lanes) * s.groups;
   if (rows <= Tiles<T>::Thin::rows)
-    run_tiles<typename Tiles<T>::Thin>(p, rule, launcher);
+    launch_tiles<typename Tiles<T>::Thin>(p, rule, launcher);
   else if (rows <= Tiles<T>::Flat::rows)
-    run_tiles<typename Tiles<T>::Flat>(p, rule, launcher);
+    launch_tiles<typename Tiles<T>::Flat>(p, rule, launcher);
   else if (rows > Large::rows / 2 && large >= rule.few_blocks)
-    run_tiles<Large>(p, rule, launcher);
+    launch_tiles<Large>(p, rule, launcher);
   else
-    run_tiles<typename Tiles<T>::Medium>(p, rule, launcher);
+    launch_tiles<typename Tiles<T>::Medium>(p, rule, launcher);
+}
+
+// Returns false to decline: other types, and sizes beyond the index arithmetic.
+template <class Launcher>
+bool launch_tiled(const ConvProblem& p, Launcher& launcher) {
+  if (p.direction == Direction::grad_bias || p.dtype > DType::bfloat16 || !fits(p)) return false;
+  with_float_type(p.dtype,
+                  [&](auto tag) { launch_best_tiles<typename decltype(tag)::type>(p, launcher); });
+  return true;
 }
 
 }  // namespace torch_naiveconv

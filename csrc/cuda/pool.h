@@ -68,10 +68,14 @@ inline PoolPlan make_plan(const PoolProblem& p) {
   plan.elements.count = p.shape.batch * p.shape.channels;
   for (int a = 0; a < 3; ++a) {
     const Axis& axis = p.shape.axis[a];
-    plan.axis[a] = {static_cast<int>(axis.in),       static_cast<int>(axis.out),
-                    static_cast<int>(axis.kernel),   static_cast<int>(axis.stride),
-                    static_cast<int>(axis.dilation), static_cast<int>(axis.pad),
-                    Divider(axis.stride),            Divider(axis.dilation)};
+    plan.axis[a] = {static_cast<int>(axis.in),
+                    static_cast<int>(axis.out),
+                    static_cast<int>(axis.kernel),
+                    static_cast<int>(axis.stride),
+                    static_cast<int>(axis.dilation),
+                    static_cast<int>(axis.pad),
+                    Divider(axis.stride),
+                    Divider(axis.dilation)};
     const int64_t size = scatter ? axis.in : axis.out;
     plan.elements.size[a] = Divider(size);
     plan.elements.count *= size;
@@ -217,7 +221,8 @@ struct PoolScatter {
   }
 };
 
-// ---- max-unpooling -------------------------------------------------------------------------------
+// ---- max-unpooling
+// -------------------------------------------------------------------------------
 
 // The last writer of a position owns it. First every input offers its number to the position that
 // it names (a maximum, so the order of the offers does not matter), then values are copied. An
@@ -276,5 +281,70 @@ struct UnpoolGather {
                                          : T(0);
   }
 };
+
+template <class Number>
+struct UnpoolClear {
+  Number* owner;
+  TNC_HD void operator()(int64_t flat) const { owner[flat] = -1; }
+};
+
+// ---- which kernel
+// --------------------------------------------------------------------------------
+
+// Returns false to decline.
+template <class Launcher>
+bool launch_quads(const PoolProblem& p, Launcher& launcher) {
+  if (p.direction == PoolDirection::gather || p.ties > Ties::last || !fits(p)) return false;
+  const PoolPlan plan = make_plan(p);
+  const int64_t threads = threads_for_four(plan.elements.count);
+  with_type(p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (p.direction == PoolDirection::forward)
+      launcher.each(threads, PoolForward<T>{plan});
+    else
+      launcher.each(threads, PoolScatter<T>{plan});
+  });
+  return true;
+}
+
+// Values are only copied: a type of the same size will do.
+template <class Visit>
+void with_copied_type(DType dtype, const Visit& visit) {
+  with_type(dtype, [&](auto tag) {
+    constexpr size_t size = sizeof(typename decltype(tag)::type);
+    if constexpr (size == 1)
+      visit(Tag<uint8_t>{});
+    else if constexpr (size == 2)
+      visit(Tag<uint16_t>{});
+    else if constexpr (size == 4)
+      visit(Tag<uint32_t>{});
+    else
+      visit(Tag<uint64_t>{});
+  });
+}
+
+template <class T, class Number, class Launcher>
+void unpool(const UnpoolProblem& p, Launcher& launcher) {
+  const int64_t outputs = p.planes * p.outputs;
+  auto* owner =
+      static_cast<Number*>(launcher.allocate(outputs * static_cast<int64_t>(sizeof(Number))));
+  launcher.each(outputs, UnpoolClear<Number>{owner});
+  launcher.each(p.planes * p.inputs, UnpoolOwners<Number>{p, owner});
+  if (p.transpose)
+    launcher.each(p.planes * p.inputs, UnpoolGather<T, Number>{p, owner});
+  else
+    launcher.each(outputs, UnpoolForward<T, Number>{p, owner});
+}
+
+template <class Launcher>
+void launch_unpool(const UnpoolProblem& p, Launcher& launcher) {
+  with_copied_type(p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (p.inputs <= INT32_MAX)
+      unpool<T, int>(p, launcher);
+    else
+      unpool<T, long long>(p, launcher);
+  });
+}
 
 }  // namespace torch_naiveconv

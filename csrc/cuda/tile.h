@@ -113,7 +113,7 @@ struct alignas(sizeof(Value) * count < 16 ? sizeof(Value) * count : 16) Run {
 
 // What one launch computes. Without a workspace a block folds its groups itself; with one, the
 // groups [first_group, last_group) are dealt to `splits` blocks a tile, each value of a group goes
-// to the workspace [group][row][lane], and fold_element adds them up in order.
+// to the workspace [group][row][lane], and Fold adds them up in order.
 struct TileLaunch {
   ConvProblem problem;
   Lowering lowering;
@@ -184,7 +184,8 @@ TNC_HD void store_result(const TileLaunch& launch, int group, int row, int64_t c
 // is infinite or NaN; the result is then a NaN. So a NaN is computed again, by the specification.
 // Rare, so kept out of the kernels' registers.
 template <class T>
-TNC_COLD void settle_nan(const TileLaunch& launch, const Phase& phase, int group, int row, int lane) {
+TNC_COLD void settle_nan(const TileLaunch& launch, const Phase& phase, int group, int row,
+                         int lane) {
   const ConvProblem& p = launch.problem;
   int n, x[3];
   int64_t i[3];
@@ -199,7 +200,8 @@ TNC_COLD void settle_nan(const TileLaunch& launch, const Phase& phase, int group
                          static_cast<const T*>(p.bias), n, channel, i[0], i[1], i[2]);
 }
 
-// ---- the kernel ----------------------------------------------------------------------------------
+// ---- the kernel
+// ----------------------------------------------------------------------------------
 
 template <class Config>
 struct TileKernel {
@@ -322,9 +324,10 @@ struct TileKernel {
                              [&](int j) { return Config::lane_of(thread, j); });
       bool odd = false;
       if constexpr (is_half_type<T>)
-        odd = shared.term_a[stage / Config::window & 1]
-                           [stage % Config::window * Config::block_terms + slot]
-                               .odd != 0;
+        odd = shared
+                  .term_a[stage / Config::window & 1]
+                         [stage % Config::window * Config::block_terms + slot]
+                  .odd != 0;
       if (odd) {
         steps(me, a, b, true);
       } else {
@@ -457,30 +460,36 @@ TNC_HD Total<T> fold_groups(Total<T> total, const Total<T>* values, int64_t stri
   return total;
 }
 
-// One result after a launch with a workspace: the next groups added to its total in order. The
+// After a launch with a workspace: the next groups of one result added to its total in order. The
 // totals between launches wait in `running`.
 template <class T>
-TNC_HD void fold_element(const TileLaunch& launch, Total<T>* running, bool first, bool last,
-                         int64_t flat) {
-  const Lowering& l = launch.lowering;
-  const Phase& phase = l.phase[0];
-  const auto* workspace = static_cast<const Total<T>*>(launch.workspace);
-  const int64_t results = flat_result(l, l.groups, 0, 0);
-  const auto* earlier = static_cast<const Total<T>*>(l.total);
-  const Total<T> begin = !first ? running[flat] : earlier != nullptr ? earlier[flat] : Total<T>(0);
-  const Total<T> total = fold_groups<T>(begin, workspace + flat, results,
-                                        launch.last_group - launch.first_group);
-  if (!last) {
-    running[flat] = total;
-    return;
+struct Fold {
+  TileLaunch launch;
+  Total<T>* running;
+  bool first, last;
+
+  TNC_HD void operator()(int64_t flat) const {
+    const Lowering& l = launch.lowering;
+    const Phase& phase = l.phase[0];
+    const auto* workspace = static_cast<const Total<T>*>(launch.workspace);
+    const auto* earlier = static_cast<const Total<T>*>(l.total);
+    const Total<T> begin = !first               ? running[flat]
+                           : earlier != nullptr ? earlier[flat]
+                                                : Total<T>(0);
+    const Total<T> total = fold_groups<T>(begin, workspace + flat, flat_result(l, l.groups, 0, 0),
+                                          launch.last_group - launch.first_group);
+    if (!last) {
+      running[flat] = total;
+      return;
+    }
+    const int lane = static_cast<int>(flat % phase.lane_count);
+    const int64_t channel = flat / phase.lane_count;
+    const int row = static_cast<int>(channel % l.rows), group = static_cast<int>(channel / l.rows);
+    const int64_t c_offset = phase.lanes.at(static_cast<uint32_t>(lane), l.b_stride).other;
+    store_result<T>(launch, group, row, c_offset, total);
+    if (launch.problem.direction == Direction::grad_input && !(total == total))
+      settle_nan<T>(launch, phase, group, row, lane);
   }
-  const int lane = static_cast<int>(flat % phase.lane_count);
-  const int64_t channel = flat / phase.lane_count;
-  const int row = static_cast<int>(channel % l.rows), group = static_cast<int>(channel / l.rows);
-  const int64_t c_offset = phase.lanes.at(static_cast<uint32_t>(lane), l.b_stride).other;
-  store_result<T>(launch, group, row, c_offset, total);
-  if (launch.problem.direction == Direction::grad_input && !(total == total))
-    settle_nan<T>(launch, phase, group, row, lane);
-}
+};
 
 }  // namespace torch_naiveconv

@@ -1,14 +1,15 @@
 // Runs the body of the tiled CUDA kernel on the host, block by block, and compares every bit with
-// the naive CPU row. Reads one case a line from stdin, echoes those that fail; exit status 1 if any.
+// the naive CPU row. Reads one case a line from stdin, echoes those that fail; exit status 1 if
+// any.
 //
 //   direction dtype tile order late split values channels_last  N C K groups
 //   3 x (in kernel stride pad_before pad_after dilation)
 #include <cstdio>
+#include <iostream>
 #include <memory>
 #include <sstream>
 #include <string>
 #include <type_traits>
-#include <iostream>
 
 #include "../../csrc/cpu/parallel.h"
 #include "../../csrc/cuda/plan.h"
@@ -141,13 +142,12 @@ bool agrees(const Case& c) {
     rule.workspace_bytes = int64_t{1} << (c.split + 8);
     rule.wanted_blocks = 16;
   }
-  HostLauncher launcher{
-      {static_cast<Schedule::Order>(c.order), c.late != 0}, {}, 0};
+  HostLauncher launcher{{static_cast<Schedule::Order>(c.order), c.late != 0}, {}, 0};
   switch (c.tile) {
-    case 0: run_tiles<typename Tiles<T>::Large>(p, rule, launcher); break;
-    case 1: run_tiles<typename Tiles<T>::Medium>(p, rule, launcher); break;
-    case 2: run_tiles<typename Tiles<T>::Flat>(p, rule, launcher); break;
-    default: run_tiles<typename Tiles<T>::Thin>(p, rule, launcher);
+    case 0: launch_tiles<typename Tiles<T>::Large>(p, rule, launcher); break;
+    case 1: launch_tiles<typename Tiles<T>::Medium>(p, rule, launcher); break;
+    case 2: launch_tiles<typename Tiles<T>::Flat>(p, rule, launcher); break;
+    default: launch_tiles<typename Tiles<T>::Thin>(p, rule, launcher);
   }
   return std::memcmp(expected.data(), found.data(), bytes) == 0;
 }

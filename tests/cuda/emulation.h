@@ -27,7 +27,8 @@ class HostBlock {
   template <class Body>
   void each(const Body& body) {
     if (schedule_.order == Schedule::shuffled)
-      for (size_t i = order_.size() - 1; i > 0; --i) std::swap(order_[i], order_[random_() % (i + 1)]);
+      for (size_t i = order_.size() - 1; i > 0; --i)
+        std::swap(order_[i], order_[random_() % (i + 1)]);
     for (const int thread : order_) body(thread, threads_[static_cast<size_t>(thread)]);
   }
 
