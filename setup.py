@@ -6,10 +6,13 @@ LibTorch's stable ABI, so that one wheel serves every Python 3 and every torch f
 
 import os
 import platform
+import shutil
 from pathlib import Path
 
-from setuptools import setup
+import torch
+from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from torch.utils import cpp_extension
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 HERE = Path(__file__).parent
@@ -46,6 +49,54 @@ def cpu_library() -> CppExtension:
     )
 
 
+# What nvcc 13.0 knows, oldest to newest, and PTX for those that come later.
+ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+
+
+def cuda_home() -> str | None:
+    """The CUDA toolkit, also where torch itself was built without CUDA and so looks for none."""
+    nvcc = shutil.which("nvcc")
+    homes = [
+        os.environ.get("CUDA_HOME"),
+        os.environ.get("CUDA_PATH"),
+        str(Path(nvcc).resolve().parent.parent) if nvcc else None,
+        "/usr/local/cuda",
+    ]
+    needed = ("bin/nvcc", "include/cuda_runtime.h")  # a wrapper script on PATH is no toolkit
+    return next((h for h in homes if h and all(Path(h, n).exists() for n in needed)), None)
+
+
+def cuda_library() -> Extension | None:
+    """The CUDA library, or None where it is not wanted: no toolkit, or no GPU and no FORCE_CUDA."""
+    forced = os.environ.get("FORCE_CUDA", "0") == "1"
+    if not forced and not torch.cuda.is_available():
+        return None
+    home = cuda_home()
+    if home is None:
+        if forced:
+            raise SystemExit("FORCE_CUDA=1, but there is no nvcc: set CUDA_HOME to the toolkit")
+        return None
+    cpp_extension.CUDA_HOME = home
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ARCHITECTURES
+    library = Path(home, "lib64") if Path(home, "lib64").exists() else Path(home, "lib")
+    host = [*ROUNDING, *SPEED, "-fvisibility=hidden"]
+    return CppExtension(
+        "torch_naiveconv._cuda",
+        ["csrc/cuda/ops.cpp", *relative("csrc/cuda/*.cu")],
+        include_dirs=[str(Path(home, "include"))],
+        library_dirs=[str(library)],
+        # cudart linked statically: the library needs the driver, not some version of the toolkit.
+        libraries=["cudart_static", "dl", "rt", "pthread"],
+        extra_compile_args={
+            "cxx": [*STABLE_ABI, *ROUNDING, *SPEED],
+            "nvcc": ["-O3", "-fmad=false", f"-Xcompiler={','.join(host)}"],
+        },
+        depends=relative("csrc/**/*.h"),
+        py_limited_api=True,
+    )
+
+
 class Build(BuildExtension):
     """BuildExtension with plain library names, a bounded number of jobs, and incremental builds."""
 
@@ -70,4 +121,5 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(ext_modules=[cpu_library()], cmdclass={"build_ext": Build, "bdist_wheel": Wheel})
+libraries = [library for library in (cpu_library(), cuda_library()) if library is not None]
+setup(ext_modules=libraries, cmdclass={"build_ext": Build, "bdist_wheel": Wheel})

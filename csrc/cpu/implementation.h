@@ -14,7 +14,7 @@ struct RawView {
   int64_t stride[5] = {0, 0, 0, 0, 0};
 
   template <class T>
-  View<T> as() const {
+  TNC_HD View<T> as() const {
     return {static_cast<T*>(data), {stride[0], stride[1], stride[2], stride[3], stride[4]}};
   }
 };

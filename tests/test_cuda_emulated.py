@@ -1,0 +1,134 @@
+"""The CUDA kernels' bodies, run on the host: every bit equals the naive CPU row's.
+
+No GPU is needed: the kernels are written against a small interface (``csrc/cuda/block.h``) that
+``tests/cuda/emulation.h`` implements thread by thread. What is left to a GPU is the hardware's own
+barriers, copies and arithmetic. A line that a driver prints reproduces the failing case:
+``echo LINE | driver``.
+"""
+
+import os
+import platform
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+COMPILER = os.environ.get("CXX", "c++")
+DRIVERS = {"conv": "csrc/cpu/conv_naive.cpp", "pool": "csrc/cpu/max_pool_naive.cpp"}
+FORWARD, GRAD_INPUT, GRAD_WEIGHT, GRAD_BIAS = range(4)
+DEPTHWISE = 4  # the kernels 0 to 3 are the tiles, large to thin
+UNIT = (1, 1, 1, 0, 0, 1)
+
+pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason="no C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def drivers(tmp_path_factory):
+    place = tmp_path_factory.mktemp("cuda")
+    fma = ["-mfma"] if platform.machine() in ("x86_64", "AMD64") else []
+    builds = {}
+    for name, naive in DRIVERS.items():
+        sources = [str(HERE / "cuda" / f"emulate_{name}.cpp"), str(HERE.parent / naive)]
+        command = [COMPILER, "-O1", *fma, "-ffp-contract=off", "-o", str(place / name), *sources]
+        builds[name] = subprocess.Popen(command)
+    for name, build in builds.items():
+        assert build.wait() == 0, name
+    return place
+
+
+def run(driver, cases):
+    lines = "".join(" ".join(map(str, case)) + "\n" for case in cases)
+    result = subprocess.run([driver], input=lines, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-2000:]
+    assert result.stdout.endswith(f"{len(cases)} cases, 0 differ\n")
+
+
+def axes(r, lengths, kernels, strides, dilations):
+    """(in, kernel, stride, pad before, pad after, dilation) of depth, height, width."""
+    dims = r.choice([1, 2, 2, 2, 3])
+    result = [UNIT] * (3 - dims)
+    for _ in range(dims):
+        size = r.randrange(1, lengths[dims])
+        pads = r.randrange(4), r.randrange(4)
+        result.append((size, r.choice(kernels), r.choice(strides), *pads, r.choice(dilations)))
+    return [number for axis in result for number in axis]
+
+
+def tiled_case(r, direction):
+    groups = r.choice([1, 1, 1, 2, 3])
+    channels = groups * r.choice([1, 2, 3, 5, 17, 40]), groups * r.choice([1, 2, 3, 9, 20, 70])
+    # order of the threads, copies that land late, split of the groups, kinds of values, format
+    how = (
+        r.randrange(3),
+        r.randrange(2),
+        r.choice([0, 0, 1, 2, 3, 6]),
+        r.randrange(4),
+        r.randrange(2),
+    )
+    lengths = {1: 60, 2: 13, 3: 6}
+    sizes = axes(r, lengths, [1, 2, 3, 3, 5], [1, 1, 2, 3, 4], [1, 1, 2, 3])
+    batch = r.choice([1, 1, 2, 3])
+    return (direction, r.randrange(4), r.randrange(4), *how, batch, *channels, groups, *sizes)
+
+
+def depthwise_case(r, direction):
+    channels, filters = r.choice([1, 2, 3, 5, 17]), 1
+    if direction in (FORWARD, GRAD_WEIGHT):
+        filters = r.choice([1, 1, 2])
+    kernel, stride, dilation = (
+        r.choice([1, 3, 5, 7]),
+        r.choice([1, 1, 2, 2, 3]),
+        r.choice([1, 1, 2]),
+    )
+    sizes = axes(r, {1: 300, 2: 18, 3: 8}, [kernel], [stride], [dilation])
+    if r.randrange(4) == 0:
+        sizes = axes(r, {1: 60, 2: 18, 3: 8}, [1, 2, 3, 4], [1, 2, 3], [1, 2])
+    groups = channels
+    if direction == GRAD_BIAS:
+        sizes = [n for i in range(0, 18, 6) for n in (sizes[i], *UNIT[1:])]
+        channels = groups = 1
+        filters = r.choice([1, 3, 8])
+    how = r.randrange(3), 0, 0, r.randrange(4), r.randrange(2)
+    counts = r.choice([1, 2, 3]), channels, channels * filters, groups
+    return (direction, r.choice([0, 0, 0, 1, 2, 3]), DEPTHWISE, *how, *counts, *sizes)
+
+
+def pool_case(r, direction):
+    kind = r.randrange(3) if direction == FORWARD else r.choice([1, 2])  # none, offset, flat
+    index = 3 if kind == 2 else r.randrange(3)
+    sizes = axes(r, {1: 300, 2: 18, 3: 8}, [1, 2, 3, 3, 5], [1, 2, 2, 3, 4], [1, 1, 2, 3])
+    how = r.randrange(2), kind, index, r.randrange(4), r.randrange(2)
+    return (direction, r.randrange(13), *how, r.choice([1, 2]), r.choice([1, 3, 8]), *sizes)
+
+
+@pytest.mark.parametrize("direction", [FORWARD, GRAD_INPUT, GRAD_WEIGHT])
+def test_tiled(drivers, direction):
+    r = random.Random(direction)
+    run(drivers / "conv", [tiled_case(r, direction) for _ in range(500)])
+
+
+@pytest.mark.parametrize("direction", [FORWARD, GRAD_INPUT, GRAD_WEIGHT, GRAD_BIAS])
+def test_depthwise_and_bias(drivers, direction):
+    r = random.Random(direction)
+    run(drivers / "conv", [depthwise_case(r, direction) for _ in range(300)])
+
+
+@pytest.mark.parametrize("direction", [0, 1], ids=["forward", "scatter"])
+def test_pool(drivers, direction):
+    r = random.Random(direction)
+    run(drivers / "pool", [pool_case(r, direction) for _ in range(600)])
+
+
+def test_unpool(drivers):
+    r = random.Random(0)
+    cases = []
+    for _ in range(200):
+        inputs, outputs = (r.randrange(1, 50), *UNIT[1:]), (r.randrange(1, 60), *UNIT[1:])
+        planes = r.choice([1, 3]), r.choice([1, 2])
+        cases.append(
+            (2, r.randrange(13), 0, 0, 3, r.randrange(4), 0, *planes, *inputs, *outputs, *UNIT)
+        )
+    run(drivers / "pool", cases)
