@@ -498,7 +498,7 @@ def _differentiable(rules: type[_Rules]) -> Callable[..., Any]:
     """
     op, tensors = rules.op, rules.tensors
     run, below_autograd = op._op, ops.below_autograd
-    apply = super(torch.autograd.Function, rules).apply
+    apply = super(torch.autograd.Function, rules).apply  # type: ignore[misc]
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -515,12 +515,12 @@ def _differentiable(rules: type[_Rules]) -> Callable[..., Any]:
     return call
 
 
-conv = _differentiable(Conv)
-conv_grad_input = _differentiable(ConvGradInput)
-conv_grad_weight = _differentiable(ConvGradWeight)
-conv_grad_bias = _differentiable(ConvGradBias)
-max_pool = _differentiable(MaxPool)
-max_pool_scatter = _differentiable(MaxPoolScatter)
-max_pool_gather = _differentiable(MaxPoolGather)
-max_unpool = _differentiable(MaxUnpool)
-max_unpool_gather = _differentiable(MaxUnpoolGather)
+conv: Callable[..., Tensor] = _differentiable(Conv)
+conv_grad_input: Callable[..., Tensor] = _differentiable(ConvGradInput)
+conv_grad_weight: Callable[..., Tensor] = _differentiable(ConvGradWeight)
+conv_grad_bias: Callable[..., Tensor] = _differentiable(ConvGradBias)
+max_pool: Callable[..., tuple[Tensor, Tensor]] = _differentiable(MaxPool)
+max_pool_scatter: Callable[..., Tensor] = _differentiable(MaxPoolScatter)
+max_pool_gather: Callable[..., Tensor] = _differentiable(MaxPoolGather)
+max_unpool: Callable[..., Tensor] = _differentiable(MaxUnpool)
+max_unpool_gather: Callable[..., Tensor] = _differentiable(MaxUnpoolGather)
