@@ -51,7 +51,7 @@ struct ChannelLanes {
   int64_t first, blocks, planes, channel_stride, w_stride;
   int64_t offset[most_blocks * L];  // of each lane's first channel; unused lanes repeat another's
   int last_count;                   // lanes in use of the last block
-  int span = 1;                     // permuted: channels that a block reads
+  int span = 1, last_span = 1;      // permuted: channels that a block, and the last one, reads
   int32_t index[L][L];              // permuted: for each plane the lanes' channels in that span
 
   // How many blocks are worth moving together.
@@ -82,6 +82,7 @@ struct ChannelLanes {
       kind = scattered;
     if (kind == permuted) {
       span = static_cast<int>(last - base + 1);
+      last_span = static_cast<int>(offset[count - 1] - offset[(blocks - 1) * L] + planes);
       for (int64_t j = 0; j < planes; ++j)
         for (int l = 0; l < L; ++l) index[j][l] = static_cast<int32_t>(offset[l] - offset[0] + j);
     }
@@ -99,7 +100,8 @@ struct ChannelLanes {
     } else if (kind == permuted) {
       for (int64_t i = 0; i < n; ++i)
         for (int64_t b = 0; b < blocks; ++b) {
-          const V x = V::load(row + offset[b * L] + i * w_stride, span);
+          const V x =
+              V::load(row + offset[b * L] + i * w_stride, b + 1 < blocks ? span : last_span);
           for (int64_t j = 0; j < planes; ++j)
             x.permute(index[j]).store(panel + b * block_pitch + j * plane_pitch + i * L);
         }
