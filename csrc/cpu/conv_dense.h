@@ -14,8 +14,9 @@
 // Start reading at run_dense, at the end; multiply_images and multiply_windows are the loops.
 #pragma once
 
-#include "microkernel.h"
 #include "pack.h"
+
+#include "microkernel.h"
 
 namespace torch_naiveconv::TNC_ISA {
 
@@ -33,10 +34,6 @@ struct Kind {
   static constexpr FloatEnvironment::Mode mode =
       is_half_type<S> ? FloatEnvironment::flush : FloatEnvironment::gradual;
 };
-
-TNC_INLINE int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-TNC_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-TNC_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // [0, count) cut into `pieces` of nearly equal length: the first element of piece i.
 TNC_INLINE int64_t cut_at(int64_t count, int64_t pieces, int64_t i) { return count * i / pieces; }
@@ -428,6 +425,10 @@ bool multiply_images(const Images<S>& call, const GridAxis (&grid)[3], bool& nan
                 if (n == 0 && g > 0) continue;
                 pack_panel(panel, tile.vecs, tile.lanes, weight, call.lane_stride,
                            table.lane + table.start[g], n);
+                if (g + 1 < g1)
+                  prefetch_panel(tile.lanes, weight, call.lane_stride,
+                                 table.lane + table.start[g + 1],
+                                 table.start[g + 2] - table.start[g + 1]);
                 multiply_rows<T, K::chains>(row, rows, table.row + table.start[g], length, panel,
                                             tile.vecs, total, g > 0);
               }
@@ -716,6 +717,9 @@ bool dense_grad_weight(const ConvProblem& p) {
                                                 static_cast<int32_t>(terms / 2)};
                   pack_panel(panel, tile.vecs, tile.lanes, lanes, grad_stride[1], lane_offset + t,
                              terms);
+                  if (t + K::group < last - first)
+                    prefetch_panel(tile.lanes, lanes, grad_stride[1], lane_offset + t + K::group,
+                                   least(K::group, last - first - t - K::group));
                   multiply_rows<T, K::chains>(row, rows, row_offset + t, length, panel, tile.vecs,
                                               total, resumed || n > 0 || first + t > 0);
                 }

@@ -19,11 +19,12 @@ struct TileSize {
   static constexpr int rows = (Vec<T>::registers == 32 ? 8 : 6) / Chains;
 };
 
+// `ahead` is the pointer of a row that will be read soon.
 // `length[c]` terms of chain c, chain after chain; `total` has Rows rows of Vecs vectors and is
 // begun from +0 unless `resume`.
 template <class T, int Chains, int Rows, int Vecs>
 void multiply_tile(const T* const* row, const int32_t* offset, const int32_t* length,
-                   const T* panel, T* total, bool resume) {
+                   const T* panel, T* total, bool resume, const T* ahead) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
   const T* at[Rows];
@@ -38,6 +39,7 @@ void multiply_tile(const T* const* row, const int32_t* offset, const int32_t* le
       for (int j = 0; j < Vecs; ++j) chain[c][i][j] = V::zero();
     for (int32_t n = length[c]; n > 0; --n) {
       const int64_t o = *offset++;
+      prefetch(ahead + o);
       V lane[Vecs];
 #pragma GCC unroll 4
       for (int j = 0; j < Vecs; ++j) lane[j] = V::load(panel + j * L);
@@ -62,7 +64,8 @@ void multiply_tile(const T* const* row, const int32_t* offset, const int32_t* le
 }
 
 template <class T>
-using Tile = void (*)(const T* const*, const int32_t*, const int32_t*, const T*, T*, bool);
+using Tile = void (*)(const T* const*, const int32_t*, const int32_t*, const T*, T*, bool,
+                      const T*);
 
 // The tile of `rows` x `vecs`, 1 <= rows <= TileSize::rows, 1 <= vecs <= TileSize::vecs.
 template <class T, int Chains, int Rows = TileSize<T, Chains>::rows>
@@ -82,12 +85,14 @@ void multiply_rows(const T* const* row, int64_t rows, const int32_t* offset, con
                    const T* panel, int vecs, T* total, bool resume) {
   constexpr int step = TileSize<T, Chains>::rows;
   const Tile<T> full = tile_of<T, Chains>(step, vecs);
+  const int64_t pitch = vecs * Vec<T>::lanes;
   int64_t r = 0;
   for (; r + step <= rows; r += step)
-    full(row + r, offset, length, panel, total + r * vecs * Vec<T>::lanes, resume);
+    full(row + r, offset, length, panel, total + r * pitch, resume,
+         row[least(r + 2 * step, rows - 1)]);
   if (r < rows)
     tile_of<T, Chains>(static_cast<int>(rows - r), vecs)(row + r, offset, length, panel,
-                                                         total + r * vecs * Vec<T>::lanes, resume);
+                                                         total + r * pitch, resume, row[rows - 1]);
 }
 
 }  // namespace torch_naiveconv::TNC_ISA
