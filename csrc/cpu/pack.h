@@ -69,7 +69,7 @@ TNC_INLINE float widened(Half x) {
   return wide[0];
 }
 
-TNC_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+TNC_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 template <class T>
 TNC_INLINE void zero_run(T* dst, int64_t n) {
