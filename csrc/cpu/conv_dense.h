@@ -119,6 +119,9 @@ void copy_patch(T* patch, const PatchLayout& layout, const S* image, int64_t ima
         }
         const S* const from = image + c * image_channel + d * image_axis[0] + h * image_axis[1];
         zero_run(to, w0 * layout.axis[2]);
+        if (!channels_innermost && image_axis[2] == 1)  // the same row of the next channel
+          for (int64_t w = w0; w < w1; w += 64 / int64_t{sizeof(S)})
+            prefetch(from + image_channel + box.from[2] + w);
         if (channels_innermost) {
           for (int64_t w = w0; w < w1; ++w)
             copy_run(to + w * layout.axis[2], from + (box.from[2] + w) * image_axis[2],
@@ -586,14 +589,44 @@ struct Bands {
   }
 };
 
+// One tap, no padding: then output and input play the same part in the weight gradient.
+inline bool is_pointwise(const ConvShape& s) {
+  bool yes = true;
+  for (const Axis& a : s.axis)
+    yes = yes && a.kernel == 1 && a.pad == 0 && a.input_of(a.out - 1, 0) < a.in;
+  return yes;
+}
+inline ConvProblem swapped(const ConvProblem& p) {
+  ConvProblem q = p;
+  q.shape.in_channels = p.shape.out_channels;
+  q.shape.out_channels = p.shape.in_channels;
+  q.input = p.output;
+  q.output = p.input;
+  q.weight.stride[0] = p.weight.stride[1];
+  q.weight.stride[1] = p.weight.stride[0];
+  for (int a = 0; a < 3; ++a) {
+    const int64_t out = p.shape.axis[a].out;
+    q.shape.axis[a] = Axis{};
+    q.shape.axis[a].in = q.shape.axis[a].out = out;
+    q.output.stride[a + 2] *= p.shape.axis[a].stride;
+  }
+  return q;
+}
+
 template <class S>
-bool dense_grad_weight(const ConvProblem& p) {
+bool dense_grad_weight(const ConvProblem& p, bool may_swap = true) {
   using K = Kind<S>;
   using T = typename K::T;
   constexpr int L = Vec<T>::lanes;
   constexpr int64_t chunk_groups = 2048 / K::group;
   const ConvShape& s = p.shape;
   const int64_t pixels = s.outputs(), taps = s.taps(), lane_vecs = up(s.group_out(), L);
+  if (may_swap && p.total == nullptr && s.groups == 1 && is_pointwise(s)) {
+    // Packing a vector of lanes costs about as much as 8 products.
+    const int64_t swapped_vecs = up(s.in_channels, L);
+    if (swapped_vecs * (8 + s.out_channels) < lane_vecs * (8 + s.in_channels))
+      return dense_grad_weight<S>(swapped(p), false);
+  }
   const int64_t* const image_stride = p.input.stride;
   const int64_t* const grad_stride = p.output.stride;
   const int64_t* const weight_stride = p.weight.stride;
