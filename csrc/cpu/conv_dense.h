@@ -14,8 +14,9 @@
 // Start reading at run_dense, at the end; multiply_images and multiply_windows are the loops.
 #pragma once
 
-#include "microkernel.h"
 #include "pack.h"
+
+#include "microkernel.h"
 
 namespace torch_naiveconv::TNC_ISA {
 
@@ -33,10 +34,6 @@ struct Kind {
   static constexpr FloatEnvironment::Mode mode =
       is_half_type<S> ? FloatEnvironment::flush : FloatEnvironment::gradual;
 };
-
-TNC_INLINE int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-TNC_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-TNC_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // [0, count) cut into `pieces` of nearly equal length: the first element of piece i.
 TNC_INLINE int64_t cut_at(int64_t count, int64_t pieces, int64_t i) { return count * i / pieces; }
@@ -122,6 +119,9 @@ void copy_patch(T* patch, const PatchLayout& layout, const S* image, int64_t ima
         }
         const S* const from = image + c * image_channel + d * image_axis[0] + h * image_axis[1];
         zero_run(to, w0 * layout.axis[2]);
+        if (!channels_innermost && image_axis[2] == 1)  // the same row of the next channel
+          for (int64_t w = w0; w < w1; w += 64 / int64_t{sizeof(S)})
+            prefetch(from + image_channel + box.from[2] + w);
         if (channels_innermost) {
           for (int64_t w = w0; w < w1; ++w)
             copy_run(to + w * layout.axis[2], from + (box.from[2] + w) * image_axis[2],
@@ -210,6 +210,50 @@ struct Images {
   int64_t kernel[3];
 };
 
+// The box of a task by wide tiles: `vectors` vectors of `pixels` pixels each, read at `at` and
+// stored at `position`; the weights of all terms go into `panel`. Says whether a NaN came out.
+template <class S, class T>
+bool multiply_wide(const Images<S>& call, const Terms& table, int64_t group, const T* const* at,
+                   const int64_t* position, int64_t vectors, int pixels, int64_t pixel_stride,
+                   T* panel, T* total) {
+  using V = Vec<T>;
+  constexpr int L = V::lanes, chains = Kind<S>::chains, most_rows = TileSize<T, chains>::rows;
+  auto nan = is_nan(V::zero());
+  const int64_t blocks = up(call.lanes, most_rows);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t first = cut_at(call.lanes, blocks, block);
+    const int rows = static_cast<int>(cut_at(call.lanes, blocks, block + 1) - first);
+    const S* const weight = call.weight + group * call.group_stride + first * call.lane_stride;
+    for (int64_t t = 0; t < table.start[table.groups]; ++t)
+      for (int i = 0; i < rows; ++i)
+        panel[t * rows + i] = widened(weight[i * call.lane_stride + table.lane[t]]);
+    int vecs = 0;
+    for (int64_t v = 0; v < vectors; v += vecs) {
+      const Tile<T> tile = wide_tile_of<T, chains>(rows, vectors - v, vecs);
+      for (int64_t g = 0; g < table.groups; ++g)
+        tile(at + v, table.row + table.start[g], table.length + g * chains,
+             panel + table.start[g] * rows, total, g > 0, at[least(v + vecs, vectors - 1)]);
+      for (int i = 0; i < rows; ++i) {
+        const int64_t channel = group * call.lanes + first + i;
+        const V bias = V::broadcast(call.bias ? widened(call.bias[channel]) : T(0));
+        for (int j = 0; j < vecs; ++j) {
+          const V sum = V::load(total + (i * vecs + j) * L) + bias;
+          nan = nan | is_nan(sum);
+          S* const to = call.target + channel * call.target_stride[1] + position[v + j];
+          if (pixel_stride == 1) {
+            canonical(sum).store(to, pixels);
+          } else {
+            S values[L];
+            canonical(sum).store(values);
+            for (int l = 0; l < pixels; ++l) to[l * pixel_stride] = values[l];
+          }
+        }
+      }
+    }
+  }
+  return V::any(nan);
+}
+
 // Writes the pixels of one grid. Returns false to decline; `nan` becomes true if a NaN was written.
 template <class S>
 bool multiply_images(const Images<S>& call, const GridAxis (&grid)[3], bool& nan) {
@@ -225,8 +269,12 @@ bool multiply_images(const Images<S>& call, const GridAxis (&grid)[3], bool& nan
   const int64_t threads = thread_count();
   const int64_t lane_vecs = up(call.lanes, L);
   const int64_t work = call.batch * call.groups * pixels * terms * call.lanes;
+  // Few channels would leave most of a vector empty: then rather have vectors of pixels.
+  const double channels_used = double(call.lanes) / double(lane_vecs * L);
+  const double pixels_used = double(grid[2].count) / double(up(grid[2].count, L) * L);
+  bool wide = grid[2].image_step == 1 && pixels_used > 1.25 * channels_used;
   int64_t lane_blocks = 1;
-  if (call.batch * pixels * call.groups < threads * rows_of_task && work > work_of_task)
+  if (!wide && call.batch * pixels * call.groups < threads * rows_of_task && work > work_of_task)
     lane_blocks = least(threads, up(lane_vecs, TileSize<T, K::chains>::vecs));
   int64_t target = rows_of_task;
   const int64_t wanted = up(threads, lane_blocks * call.groups);
@@ -257,6 +305,7 @@ bool multiply_images(const Images<S>& call, const GridAxis (&grid)[3], bool& nan
   int64_t reach = call.image_channels * std::llabs(call.image_stride[1]);
   for (int a = 0; a < 3; ++a) {
     patched = patched || grid[a].reads_padding();
+    if (a == 2 && wide) patched = patched || call.image_stride[4] != 1 || grid[2].count < L;
     reach += patch_size[a] * std::llabs(call.image_stride[a + 2]);
   }
   patched = patched || reach > INT32_MAX;
@@ -268,7 +317,7 @@ bool multiply_images(const Images<S>& call, const GridAxis (&grid)[3], bool& nan
         box_samples * patch_size[0] * patch_size[1] * patch_size[2] * int64_t{sizeof(T)};
     patch_channels = least(call.image_channels, most(patch_bytes / plane, channels_in_group));
     layout = PatchLayout::of(patch_channels, patch_size,
-                             call.image_stride[1] == 1 && call.image_stride[4] != 1);
+                             !wide && call.image_stride[1] == 1 && call.image_stride[4] != 1);
     if (layout.elements > INT32_MAX / 2 || layout.channel * call.image_channels > INT32_MAX)
       return false;
   } else {
@@ -329,16 +378,19 @@ bool multiply_images(const Images<S>& call, const GridAxis (&grid)[3], bool& nan
   }
 
   const bool one_chunk = !patched || patch_channels == call.image_channels;
+  wide = wide && one_chunk;
   const int64_t tasks = call.groups * lane_blocks * boxes;
   parallel_for(
       tasks, most(1, work_of_task * tasks / most(work, 1)), K::mode,
       [&](int64_t begin, int64_t end) {
+        using Size = TileSize<T, K::chains>;
         Arena& arena = task_arena();
         const int64_t most_vecs = up(lane_vecs, lane_blocks);
         const int64_t total_size =
-            box_rows * L * (one_chunk ? least(most_vecs, TileSize<T, K::chains>::vecs) : most_vecs);
-        const int64_t panel_size = K::group * L * TileSize<T, K::chains>::vecs;
-        const int64_t patch_size_all = patched ? box_samples * layout.elements : 0;
+            wide ? Size::rows * Size::vecs * L
+                 : box_rows * L * (one_chunk ? least(most_vecs, Size::vecs) : most_vecs);
+        const int64_t panel_size = wide ? terms * Size::rows : K::group * L * Size::vecs;
+        const int64_t patch_size_all = patched ? box_samples * layout.elements + L : 0;
         arena.reset(Arena::bytes_for<T>(total_size) + Arena::bytes_for<T>(panel_size) +
                     Arena::bytes_for<T>(patch_size_all) + Arena::bytes_for<T>(most_vecs * L) +
                     Arena::bytes_for<const T*>(box_rows) + Arena::bytes_for<int64_t>(box_rows));
@@ -385,11 +437,12 @@ bool multiply_images(const Images<S>& call, const GridAxis (&grid)[3], bool& nan
                       (at[a] - (patched ? lower[a + 1] : 0)) * grid[a].image_step * layout.axis[a];
                 const T* pointer = patched ? patch : reinterpret_cast<const T*>(image);
                 pointer += from;
-                for (int64_t w = lower[3]; w < upper[3]; ++w) {
-                  row[rows] = pointer;
-                  position[rows++] = to;
-                  pointer += grid[2].image_step * layout.axis[2];
-                  to += grid[2].step * call.target_stride[4];
+                const int64_t width = upper[3] - lower[3];
+                for (int64_t w = 0; w < width; w += wide ? L : 1) {
+                  // The last vector of a row that is not a multiple overlaps the one before.
+                  if (wide && w + L > width) w = most(width - L, 0);
+                  row[rows] = pointer + w * grid[2].image_step * layout.axis[2];
+                  position[rows++] = to + w * grid[2].step * call.target_stride[4];
                 }
               }
 
@@ -415,8 +468,12 @@ bool multiply_images(const Images<S>& call, const GridAxis (&grid)[3], bool& nan
                            image + n * call.image_stride[0] + chunk_channel * call.image_stride[1],
                            call.image_stride[1], call.image_stride + 2, image_size, box, channels);
             }
+            if (wide)
+              task_nan |= multiply_wide(call, table, group, row, position, rows,
+                                        static_cast<int>(least(upper[3] - lower[3], L)),
+                                        grid[2].step * call.target_stride[4], panel, totals);
             int64_t tile_total = 0;
-            for (int64_t i = 0; i < block.tiles; ++i) {
+            for (int64_t i = 0; i < block.tiles && !wide; ++i) {
               const LaneTile tile = block.tile(i);
               T* const total = totals + (one_chunk ? 0 : tile_total);
               tile_total += rows * tile.vecs * L;
@@ -428,6 +485,10 @@ bool multiply_images(const Images<S>& call, const GridAxis (&grid)[3], bool& nan
                 if (n == 0 && g > 0) continue;
                 pack_panel(panel, tile.vecs, tile.lanes, weight, call.lane_stride,
                            table.lane + table.start[g], n);
+                if (g + 1 < g1)
+                  prefetch_panel(tile.lanes, weight, call.lane_stride,
+                                 table.lane + table.start[g + 1],
+                                 table.start[g + 2] - table.start[g + 1]);
                 multiply_rows<T, K::chains>(row, rows, table.row + table.start[g], length, panel,
                                             tile.vecs, total, g > 0);
               }
@@ -528,14 +589,44 @@ struct Bands {
   }
 };
 
+// One tap, no padding: then output and input play the same part in the weight gradient.
+inline bool is_pointwise(const ConvShape& s) {
+  bool yes = true;
+  for (const Axis& a : s.axis)
+    yes = yes && a.kernel == 1 && a.pad == 0 && a.input_of(a.out - 1, 0) < a.in;
+  return yes;
+}
+inline ConvProblem swapped(const ConvProblem& p) {
+  ConvProblem q = p;
+  q.shape.in_channels = p.shape.out_channels;
+  q.shape.out_channels = p.shape.in_channels;
+  q.input = p.output;
+  q.output = p.input;
+  q.weight.stride[0] = p.weight.stride[1];
+  q.weight.stride[1] = p.weight.stride[0];
+  for (int a = 0; a < 3; ++a) {
+    const int64_t out = p.shape.axis[a].out;
+    q.shape.axis[a] = Axis{};
+    q.shape.axis[a].in = q.shape.axis[a].out = out;
+    q.output.stride[a + 2] *= p.shape.axis[a].stride;
+  }
+  return q;
+}
+
 template <class S>
-bool dense_grad_weight(const ConvProblem& p) {
+bool dense_grad_weight(const ConvProblem& p, bool may_swap = true) {
   using K = Kind<S>;
   using T = typename K::T;
   constexpr int L = Vec<T>::lanes;
   constexpr int64_t chunk_groups = 2048 / K::group;
   const ConvShape& s = p.shape;
   const int64_t pixels = s.outputs(), taps = s.taps(), lane_vecs = up(s.group_out(), L);
+  if (may_swap && p.total == nullptr && s.groups == 1 && is_pointwise(s)) {
+    // Packing a vector of lanes costs about as much as 8 products.
+    const int64_t swapped_vecs = up(s.in_channels, L);
+    if (swapped_vecs * (8 + s.out_channels) < lane_vecs * (8 + s.in_channels))
+      return dense_grad_weight<S>(swapped(p), false);
+  }
   const int64_t* const image_stride = p.input.stride;
   const int64_t* const grad_stride = p.output.stride;
   const int64_t* const weight_stride = p.weight.stride;
@@ -716,6 +807,9 @@ bool dense_grad_weight(const ConvProblem& p) {
                                                 static_cast<int32_t>(terms / 2)};
                   pack_panel(panel, tile.vecs, tile.lanes, lanes, grad_stride[1], lane_offset + t,
                              terms);
+                  if (t + K::group < last - first)
+                    prefetch_panel(tile.lanes, lanes, grad_stride[1], lane_offset + t + K::group,
+                                   least(K::group, last - first - t - K::group));
                   multiply_rows<T, K::chains>(row, rows, row_offset + t, length, panel, tile.vecs,
                                               total, resumed || n > 0 || first + t > 0);
                 }

@@ -1,11 +1,13 @@
 // The innermost loops of a packed product: a tile of rows x lanes over one group of terms.
 //
-//   chain[i][j] = fma(row_i[offset[t]], panel[t][j], chain[i][j])     for every term t of the group
-//   total[i][j] = total[i][j] + chain[i][j]                           when the group is closed
+//   chain[i][j] = fma(row[i][t], lane[j][t], chain[i][j])     for every term t of the group
+//   total[i][j] = total[i][j] + chain[i][j]                   when the group is closed
 //
-// A row is anything that a pointer and an offset per term can address: one pixel's window in an
-// image, or one tap's plane. The panel holds the lanes of each term side by side. The chains of a
-// tile stay in registers for the whole group.
+// Rows are broadcast, lanes are vectors. One side is read in place: through a pointer each and one
+// offset per term that all of them share, so it may be anything that is laid out alike, such as the
+// window of a pixel. The other side is a panel, packed term after term. Mostly the rows are in
+// place and the panel holds lanes; in a Wide tile it is the other way round. The chains of a tile
+// stay in registers for the whole group.
 #pragma once
 
 namespace torch_naiveconv::TNC_ISA {
@@ -17,42 +19,50 @@ template <class T, int Chains>
 struct TileSize {
   static constexpr int vecs = Vec<T>::registers == 32 ? 3 : 2;
   static constexpr int rows = (Vec<T>::registers == 32 ? 8 : 6) / Chains;
+
+  // Of a wide tile: vectors that go with a number of rows.
+  static constexpr int wide_vecs(int some_rows) {
+    const int fit = rows * vecs / some_rows;
+    return fit > 8 / Chains ? 8 / Chains : fit;
+  }
 };
 
 // `length[c]` terms of chain c, chain after chain; `total` has Rows rows of Vecs vectors and is
-// begun from +0 unless `resume`.
-template <class T, int Chains, int Rows, int Vecs>
-void multiply_tile(const T* const* row, const int32_t* offset, const int32_t* length,
-                   const T* panel, T* total, bool resume) {
+// begun from +0 unless `resume`. `ahead` points like `in_place` at what will be read soon.
+template <class T, int Chains, int Rows, int Vecs, bool Wide>
+void multiply_tile(const T* const* in_place, const int32_t* offset, const int32_t* length,
+                   const T* panel, T* total, bool resume, const T* ahead) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
-  const T* at[Rows];
+  constexpr int pointers = Wide ? Vecs : Rows;
+  const T* at[pointers];
   V chain[Chains][Rows][Vecs];
 #pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i) at[i] = row[i];
+  for (int i = 0; i < pointers; ++i) at[i] = in_place[i];
 #pragma GCC unroll 2
   for (int c = 0; c < Chains; ++c) {
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int j = 0; j < Vecs; ++j) chain[c][i][j] = V::zero();
     for (int32_t n = length[c]; n > 0; --n) {
       const int64_t o = *offset++;
+      prefetch(ahead + o);
       V lane[Vecs];
-#pragma GCC unroll 4
-      for (int j = 0; j < Vecs; ++j) lane[j] = V::load(panel + j * L);
-      panel += Vecs * L;
+#pragma GCC unroll 8
+      for (int j = 0; j < Vecs; ++j) lane[j] = V::load(Wide ? at[j] + o : panel + j * L);
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i) {
-        const V r = V::broadcast(at[i][o]);
-#pragma GCC unroll 4
-        for (int j = 0; j < Vecs; ++j) chain[c][i][j] = fma(r, lane[j], chain[c][i][j]);
+        const V row = V::broadcast(Wide ? panel[i] : at[i][o]);
+#pragma GCC unroll 8
+        for (int j = 0; j < Vecs; ++j) chain[c][i][j] = fma(row, lane[j], chain[c][i][j]);
       }
+      panel += Wide ? Rows : Vecs * L;
     }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < Vecs; ++j) {
       T* const p = total + (i * Vecs + j) * L;
       V sum = chain[0][i][j];
@@ -62,7 +72,8 @@ void multiply_tile(const T* const* row, const int32_t* offset, const int32_t* le
 }
 
 template <class T>
-using Tile = void (*)(const T* const*, const int32_t*, const int32_t*, const T*, T*, bool);
+using Tile = void (*)(const T* const*, const int32_t*, const int32_t*, const T*, T*, bool,
+                      const T*);
 
 // The tile of `rows` x `vecs`, 1 <= rows <= TileSize::rows, 1 <= vecs <= TileSize::vecs.
 template <class T, int Chains, int Rows = TileSize<T, Chains>::rows>
@@ -71,9 +82,28 @@ TNC_INLINE Tile<T> tile_of(int rows, int vecs) {
     if (rows < Rows) return tile_of<T, Chains, Rows - 1>(rows, vecs);
   }
   if constexpr (TileSize<T, Chains>::vecs == 3) {
-    if (vecs == 3) return multiply_tile<T, Chains, Rows, 3>;
+    if (vecs == 3) return multiply_tile<T, Chains, Rows, 3, false>;
   }
-  return vecs == 2 ? multiply_tile<T, Chains, Rows, 2> : multiply_tile<T, Chains, Rows, 1>;
+  return vecs == 2 ? multiply_tile<T, Chains, Rows, 2, false>
+                   : multiply_tile<T, Chains, Rows, 1, false>;
+}
+
+// The widest tile of `rows` rows that has at most `limit` vectors; `vecs` becomes its width, which
+// is the largest, halved some times.
+template <class T, int Chains, int Rows, int Vecs>
+TNC_INLINE Tile<T> wide_tile_within(int64_t limit, int& vecs) {
+  if constexpr (Vecs > 1) {
+    if (limit < Vecs) return wide_tile_within<T, Chains, Rows, Vecs / 2>(limit, vecs);
+  }
+  vecs = Vecs;
+  return multiply_tile<T, Chains, Rows, Vecs, true>;
+}
+template <class T, int Chains, int Rows = TileSize<T, Chains>::rows>
+TNC_INLINE Tile<T> wide_tile_of(int rows, int64_t limit, int& vecs) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return wide_tile_of<T, Chains, Rows - 1>(rows, limit, vecs);
+  }
+  return wide_tile_within<T, Chains, Rows, TileSize<T, Chains>::wide_vecs(Rows)>(limit, vecs);
 }
 
 // total[r] += the group, for all rows; total has `vecs` vectors a row.
@@ -82,12 +112,14 @@ void multiply_rows(const T* const* row, int64_t rows, const int32_t* offset, con
                    const T* panel, int vecs, T* total, bool resume) {
   constexpr int step = TileSize<T, Chains>::rows;
   const Tile<T> full = tile_of<T, Chains>(step, vecs);
+  const int64_t pitch = vecs * Vec<T>::lanes;
   int64_t r = 0;
   for (; r + step <= rows; r += step)
-    full(row + r, offset, length, panel, total + r * vecs * Vec<T>::lanes, resume);
+    full(row + r, offset, length, panel, total + r * pitch, resume,
+         row[least(r + 2 * step, rows - 1)]);
   if (r < rows)
     tile_of<T, Chains>(static_cast<int>(rows - r), vecs)(row + r, offset, length, panel,
-                                                         total + r * vecs * Vec<T>::lanes, resume);
+                                                         total + r * pitch, resume, row[rows - 1]);
 }
 
 }  // namespace torch_naiveconv::TNC_ISA

@@ -4,6 +4,10 @@
 
 namespace torch_naiveconv::TNC_ISA {
 
+TNC_INLINE int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+TNC_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+TNC_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
 // Memory that only grows, one for each use and thread. take() hands out aligned pieces of it.
 class Arena {
  public:
@@ -65,6 +69,15 @@ TNC_INLINE float widened(Half x) {
   return wide[0];
 }
 
+TNC_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+template <class T>
+TNC_INLINE void zero_run(T* dst, int64_t n) {
+  using V = Vec<T>;
+  for (; n > V::lanes; n -= V::lanes, dst += V::lanes) V::zero().store(dst);
+  if (n > 0) V::zero().store(dst, static_cast<int>(n));
+}
+
 // dst[i] = src[i * stride]
 template <class T, class S>
 TNC_INLINE void copy_run(T* dst, const S* src, int64_t stride, int64_t n) {
@@ -78,9 +91,12 @@ TNC_INLINE void copy_run(T* dst, const S* src, int64_t stride, int64_t n) {
   }
 }
 
-template <class T>
-TNC_INLINE void zero_run(T* dst, int64_t n) {
-  if (n > 0) std::memset(dst, 0, static_cast<size_t>(n) * sizeof(T));
+// How many of `limit` numbers, from the first on, count up by one.
+template <class Integer>
+TNC_INLINE int run_length(const Integer* number, int64_t limit) {
+  int n = 1;
+  while (n < limit && number[n] == number[n - 1] + 1) ++n;
+  return n;
 }
 
 // panel[t][j] = src[j * lane_stride + offset[t]] for t < terms, j < lanes; +0 up to vecs vectors.
@@ -95,45 +111,55 @@ void pack_panel(T* panel, int vecs, int lanes, const S* src, int64_t lane_stride
       const S* const from = src + offset[t];
       int j = 0;
       for (; j + L <= lanes; j += L) V::load(from + j).store(panel + j);
-      if (j < lanes) {
-        V::load(from + j, lanes - j).store(panel + j);
-        j += L;
-      }
-      for (; j < pitch; j += L) V::zero().store(panel + j);
+      if (j < lanes) V::load(from + j, lanes - j).store(panel + j);
     }
     return;
   }
   for (int64_t t = 0; t < terms;) {
-    int run = 1;  // terms that lie side by side in memory
-    while (run < L && t + run < terms && offset[t + run] == offset[t] + run) ++run;
-    for (int j = 0; j < pitch; j += L) {
-      const int some = lanes - j < L ? (lanes - j > 0 ? lanes - j : 0) : L;
-      const S* const from = src + j * lane_stride + offset[t];
+    const int run = run_length(offset + t, least(terms - t, L));  // side by side in memory
+    const S* const from = src + offset[t];
+    for (int j = 0; j < lanes; j += L) {
+      const int some = lanes - j < L ? lanes - j : L;
       if (run >= L / 4) {
         V block[L];
         if (run == L && some == L) {
 #pragma GCC unroll 16
-          for (int i = 0; i < L; ++i) block[i] = V::load(from + i * lane_stride);
-        } else {
-          for (int i = 0; i < L; ++i)
-            block[i] = i < some ? V::load(from + i * lane_stride, run) : V::zero();
-        }
-        V::transpose(block);
-        if (run == L) {
+          for (int i = 0; i < L; ++i) block[i] = V::load(from + (j + i) * lane_stride);
+          V::transpose(block);
 #pragma GCC unroll 16
           for (int i = 0; i < L; ++i) block[i].store(panel + (t + i) * pitch + j);
         } else {
-          for (int i = 0; i < run; ++i) block[i].store(panel + (t + i) * pitch + j);
+#pragma GCC unroll 16
+          for (int i = 0; i < L; ++i)
+            block[i] = i < some ? V::load(from + (j + i) * lane_stride, run) : V::zero();
+          V::transpose(block);
+#pragma GCC unroll 16
+          for (int i = 0; i < L; ++i)
+            if (i < run) block[i].store(panel + (t + i) * pitch + j);
         }
       } else {
         for (int i = 0; i < run; ++i) {
           T* const to = panel + (t + i) * pitch + j;
-          for (int l = 0; l < some; ++l) to[l] = widened(from[l * lane_stride + i]);
+          for (int l = 0; l < some; ++l) to[l] = widened(from[(j + l) * lane_stride + i]);
           for (int l = some; l < L; ++l) to[l] = T(0);
         }
       }
     }
     t += run;
+  }
+}
+
+// Asks for the memory that pack_panel will read.
+template <class S>
+void prefetch_panel(int lanes, const S* src, int64_t lane_stride, const int32_t* offset,
+                    int64_t terms) {
+  constexpr int line = 64 / sizeof(S);
+  if (lane_stride == 1) {
+    for (int64_t t = 0; t < terms; ++t)
+      for (int j = 0; j < lanes; j += line) prefetch(src + offset[t] + j);
+  } else {
+    for (int j = 0; j < lanes; ++j)
+      for (int64_t t = 0; t < terms; t += line) prefetch(src + j * lane_stride + offset[t]);
   }
 }
 
@@ -145,49 +171,62 @@ bool store_rows(const T* total, int64_t rows, int vecs, int lanes, const T* bias
   using V = Vec<T>;
   constexpr int L = V::lanes;
   const int64_t pitch = int64_t{vecs} * L;
-  bool nan = false;
+  auto nan = is_nan(V::zero());
   if (lane_stride == 1) {
     for (int64_t r = 0; r < rows; ++r)
       for (int j = 0; j < lanes; j += L) {
         const V sum = V::load(total + r * pitch + j) + V::load(bias + j);
-        nan |= V::any(is_nan(sum));
+        nan = nan | is_nan(sum);
         if (j + L <= lanes)
           canonical(sum).store(dst + position[r] + j);
         else
           canonical(sum).store(dst + position[r] + j, lanes - j);
       }
-    return nan;
+    return V::any(nan);
   }
-  for (int64_t r = 0; r < rows;) {
-    int run = 1;  // rows that lie side by side in memory
-    while (run < L && r + run < rows && position[r + run] == position[r] + run) ++run;
-    for (int j = 0; j < lanes; j += L) {
-      const V b = V::load(bias + j);
-      V block[L];
-      for (int i = 0; i < L; ++i) {
-        block[i] = (i < run ? V::load(total + (r + i) * pitch + j) : V::zero()) + b;
-        nan |= V::any(is_nan(block[i]));
-        block[i] = canonical(block[i]);
-      }
+  for (int j = 0; j < lanes; j += L) {
+    const V b = V::load(bias + j);
+    const int some = lanes - j < L ? lanes - j : L;
+    for (int64_t r = 0; r < rows;) {
+      const int run = run_length(position + r, least(rows - r, L));  // side by side in memory
+      const T* const from = total + r * pitch + j;
       D* const to = dst + position[r] + j * lane_stride;
-      const int some = lanes - j < L ? lanes - j : L;
+      r += run;
       if (run >= 2) {
+        V block[L];
+        if (run == L) {
+#pragma GCC unroll 16
+          for (int i = 0; i < L; ++i) {
+            const V sum = V::load(from + i * pitch) + b;
+            nan = nan | is_nan(sum);
+            block[i] = canonical(sum);
+          }
+        } else {
+          for (int i = 0; i < L; ++i) {
+            const V sum = i < run ? V::load(from + i * pitch) + b : V::zero();
+            nan = nan | is_nan(sum);
+            block[i] = canonical(sum);
+          }
+        }
         V::transpose(block);
-        for (int i = 0; i < some; ++i) {
-          if (run == L)
-            block[i].store(to + i * lane_stride);
-          else
-            block[i].store(to + i * lane_stride, run);
+        if (run == L && some == L) {
+#pragma GCC unroll 16
+          for (int i = 0; i < L; ++i) block[i].store(to + i * lane_stride);
+        } else {
+#pragma GCC unroll 16
+          for (int i = 0; i < L; ++i)
+            if (i < some) block[i].store(to + i * lane_stride, run);
         }
       } else {
+        const V sum = V::load(from) + b;
+        nan = nan | is_nan(sum);
         D row[L];
-        block[0].store(row);
+        canonical(sum).store(row);
         for (int i = 0; i < some; ++i) to[i * lane_stride] = row[i];
       }
     }
-    r += run;
   }
-  return nan;
+  return V::any(nan);
 }
 
 }  // namespace torch_naiveconv::TNC_ISA
