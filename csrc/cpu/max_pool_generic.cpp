@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <new>
 #include <utility>
+#include <vector>
 
 #include "max_pool.h"
 #include "parallel.h"
