@@ -36,6 +36,11 @@ struct Masked {
 #include "pool_kernels.h"
 
 namespace torch_naiveconv {
+static bool run_generic(const PoolProblem& p) {
+  if (generic::run(p)) return true;
+  return p.direction != PoolDirection::forward && run_pool_by_index(p);
+}
+
 extern const PoolRow pool_generic;
-const PoolRow pool_generic{"generic", [] { return true; }, generic::run};
+const PoolRow pool_generic{"generic", [] { return true; }, run_generic};
 }  // namespace torch_naiveconv
