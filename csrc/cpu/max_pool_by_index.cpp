@@ -24,57 +24,7 @@ int64_t place(const RawView& v, int64_t n, int64_t c, int64_t d, int64_t h, int6
   return n * v.stride[0] + c * v.stride[1] + d * v.stride[2] + h * v.stride[3] + w * v.stride[4];
 }
 
-// A tap's distance from the first one of its window.
-struct Distance {
-  int64_t d, h, w, flat;
-};
-
-// From the index of a window to the tap it names.
-class Taps {
- public:
-  Taps(const PoolShape& s, IndexKind kind) : flat_(kind == IndexKind::flat) {
-    const Axis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
-    for (int64_t kd = 0; kd < d.kernel; ++kd)
-      for (int64_t kh = 0; kh < h.kernel; ++kh)
-        for (int64_t kw = 0; kw < w.kernel; ++kw) {
-          const int64_t id = kd * d.dilation, ih = kh * h.dilation, iw = kw * w.dilation;
-          distances_.push_back({id, ih, iw, s.flat_of(id, ih, iw)});
-        }
-    if (!flat_) return;
-    number_.assign(static_cast<size_t>(distances_.back().flat) + 1, -1);
-    for (size_t k = 0; k < distances_.size(); ++k) {
-      int32_t& number = number_[static_cast<size_t>(distances_[k].flat)];
-      ambiguous_ = ambiguous_ || number >= 0;
-      number = static_cast<int32_t>(k);
-    }
-  }
-
-  // Two taps of one window at the same flat distance: a window wider than the input.
-  bool ambiguous() const { return ambiguous_; }
-
-  // `base`: the flat position of the window's first tap. Null: the index names no tap.
-  const Distance* find(int64_t index, int64_t base) const {
-    if (flat_) {
-      const uint64_t relative = static_cast<uint64_t>(index) - static_cast<uint64_t>(base);
-      if (relative >= number_.size()) return nullptr;
-      index = number_[relative];
-    }
-    return static_cast<uint64_t>(index) < distances_.size() ? &distances_[index] : nullptr;
-  }
-
- private:
-  std::vector<Distance> distances_;
-  std::vector<int32_t> number_;
-  bool flat_, ambiguous_ = false;
-};
-
 // ---- scatter ------------------------------------------------------------------------------------
-
-// Rows [begin, end) of the input, rows of all its planes of depth counted together, in the channels
-// from `channel` on.
-struct Band {
-  int64_t n, channel, begin, end;
-};
 
 template <class T>
 Total<T> sum_of(Total<T> sum, T x) {
@@ -95,84 +45,171 @@ T result_of(Total<T> sum) {
   }
 }
 
-template <int planes, class T, class Index>
-void scatter_band(const PoolProblem& p, const Taps& taps, const Band& band, Total<T>* sums) {
-  const PoolShape& s = p.shape;
-  const Axis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
-  const auto* grad = static_cast<const T*>(p.output.data);
-  const auto* index = static_cast<const Index*>(p.index.data);
-  const int64_t grad_plane = p.output.stride[1], index_plane = p.index.stride[1];
-  const int64_t low = band.begin * w.in, size = (band.end - band.begin) * w.in;
-  std::fill_n(sums, size * planes, Total<T>(0));
+// Some planes of one image: element (position, plane) lies at position * step + plane * pitch.
+template <class T>
+struct Planes {
+  T* data;
+  int64_t step, pitch;
 
-  const int64_t od_end = d.last_output((band.end - 1) / h.in) + 1;
-  for (int64_t od = d.first_output(band.begin / h.in); od < od_end; ++od) {
-    const bool one_plane = band.begin / h.in == (band.end - 1) / h.in;
-    const int64_t oh_end = one_plane ? h.last_output((band.end - 1) % h.in) + 1 : h.out;
-    for (int64_t oh = one_plane ? h.first_output(band.begin % h.in) : 0; oh < oh_end; ++oh) {
-      const int64_t id = d.input_of(od, 0), ih = h.input_of(oh, 0);
-      const T* const grad_row = grad + place(p.output, band.n, band.channel, od, oh, 0);
-      const Index* const index_row = index + place(p.index, band.n, band.channel, od, oh, 0);
-      for (int64_t ow = 0; ow < w.out; ++ow) {
-        const int64_t iw = w.input_of(ow, 0), base = s.flat_of(id, ih, iw);
-        for (int plane = 0; plane < planes; ++plane) {
-          const int64_t stored =
-              static_cast<int64_t>(index_row[ow * p.index.stride[4] + plane * index_plane]);
-          const Distance* const tap = taps.find(stored, base);
-          if (!tap || !d.holds_input(id + tap->d) || !h.holds_input(ih + tap->h) ||
-              !w.holds_input(iw + tap->w))
-            continue;
-          const int64_t position = base + tap->flat - low;
-          if (position < 0 || position >= size) continue;
-          Total<T>& sum = sums[position * planes + plane];
-          sum = sum_of<T>(sum, grad_row[ow * p.output.stride[4] + plane * grad_plane]);
+  // body(pointer, step, count) for runs of `positions` in all planes, along the shorter step.
+  template <class Body>
+  void runs(int64_t positions, int64_t planes, const Body& body) const {
+    using One = std::integral_constant<int64_t, 1>;
+    if (pitch == 1)
+      for (int64_t i = 0; i < positions; ++i) body(data + i * step, One{}, planes);
+    else if (step == 1)
+      for (int64_t plane = 0; plane < planes; ++plane) body(data + plane * pitch, One{}, positions);
+    else
+      for (int64_t plane = 0; plane < planes; ++plane) body(data + plane * pitch, step, positions);
+  }
+};
+
+template <class T, class Index>
+class Scatter {
+ public:
+  Scatter(const PoolProblem& problem) : p_(problem), s_(problem.shape) {
+    const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
+    if (p_.kind == IndexKind::offset)
+      for (int64_t kd = 0; kd < d.kernel; ++kd)
+        for (int64_t kh = 0; kh < h.kernel; ++kh)
+          for (int64_t kw = 0; kw < w.kernel; ++kw)
+            distance_.push_back(s_.flat_of(kd * d.dilation, kh * h.dilation, kw * w.dilation));
+    if (sizeof(Index) == 1) distance_.resize(256, nowhere);  // any index is an entry
+
+    const int64_t* const stride = p_.input.stride;
+    const bool linear = stride[3] == w.in * stride[4] && stride[2] == h.in * stride[3];
+    in_place_ = linear && std::is_same_v<T, Total<T>>;
+    // Channels innermost: many, a run of memory. Else a few planes side by side, so that the
+    // additions to one input, which wait for each other, do not make all wait.
+    channels_last_ = stride[1] == 1 && s_.channels > 1 && p_.output.stride[1] == 1;
+    side_ = channels_last_ ? std::min<int64_t>(s_.channels, 64) : 4;
+    groups_ = (s_.channels + side_ - 1) / side_;
+    // Bands of rows that stay in the second cache, and are long against the windows' reach.
+    rows_ = d.in * h.in;
+    const int64_t row = w.in * side_ * int64_t(sizeof(Total<T>));
+    const int64_t reach = (h.kernel - 1) * h.dilation + 1;
+    band_ = std::clamp<int64_t>(std::max((int64_t{1} << 18) / row, 4 * reach), 1, rows_);
+    bands_ = (rows_ + band_ - 1) / band_;
+  }
+
+  void run() const {
+    parallel_for(s_.batch * groups_ * bands_, 1 + 8192 / (s_.outputs() * side_ / bands_ + 1),
+                 FloatEnvironment::gradual, [&](int64_t begin, int64_t end) {
+                   std::vector<Total<T>> sums;
+                   if (!in_place_) sums.resize(static_cast<size_t>(band_ * s_.axis[2].in * side_));
+                   for (int64_t task = begin; task < end; ++task) {
+                     const int64_t plane = task / bands_;
+                     Band b;
+                     b.n = plane / groups_, b.channel = plane % groups_ * side_;
+                     b.planes = std::min(side_, s_.channels - b.channel);
+                     b.begin = task % bands_ * band_;
+                     b.end = std::min(b.begin + band_, rows_);
+                     scatter(b, sums.data());
+                   }
+                 });
+  }
+
+ private:
+  static constexpr int64_t nowhere = int64_t{1} << 60;
+
+  // Rows [begin, end) of the input, those of all depths counted together, in some channels.
+  struct Band {
+    int64_t n, channel, planes, begin, end;
+  };
+
+  void scatter(const Band& b, Total<T>* buffer) const {
+    const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
+    const int64_t size = (b.end - b.begin) * w.in;
+    T* const input =
+        static_cast<T*>(p_.input.data) + b.n * p_.input.stride[0] + b.channel * p_.input.stride[1];
+    Planes<Total<T>> sums{buffer, side_, 1};
+    if constexpr (std::is_same_v<T, Total<T>>)
+      if (in_place_)
+        sums = {input + b.begin * w.in * p_.input.stride[4], p_.input.stride[4],
+                p_.input.stride[1]};
+    sums.runs(size, b.planes, [](Total<T>* run, auto step, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) run[i * step] = Total<T>(0);
+    });
+
+    const int64_t first = b.begin / h.in, last = (b.end - 1) / h.in;  // planes of depth
+    for (int64_t od = d.first_output(first); od <= d.last_output(last); ++od) {
+      const int64_t begin = first == last ? h.first_output(b.begin % h.in) : 0;
+      const int64_t end = first == last ? h.last_output((b.end - 1) % h.in) + 1 : h.out;
+      for (int64_t oh = begin; oh < end; ++oh) add_row(b, od, oh, sums, size);
+    }
+
+    if (in_place_) {
+      if constexpr (std::is_floating_point_v<T>)
+        sums.runs(size, b.planes, [](T* run, auto step, int64_t count) {
+          int64_t nans = 0;
+          for (int64_t i = 0; i < count; ++i) nans += run[i * step] != run[i * step];
+          if (nans == 0) return;
+          for (int64_t i = 0; i < count; ++i) run[i * step] = canonical(run[i * step]);
+        });
+      return;
+    }
+    for (int64_t row = b.begin; row < b.end; ++row)
+      for (int64_t iw = 0; iw < w.in; ++iw)
+        for (int64_t plane = 0; plane < b.planes; ++plane)
+          input[place(p_.input, 0, plane, row / h.in, row % h.in, iw)] = result_of<T>(
+              sums.data[((row - b.begin) * w.in + iw) * sums.step + plane * sums.pitch]);
+  }
+
+  // The windows of one row of outputs.
+  void add_row(const Band& b, int64_t od, int64_t oh, const Planes<Total<T>>& sums,
+               int64_t size) const {
+    const Axis& w = s_.axis[2];
+    const T* const grad =
+        static_cast<const T*>(p_.output.data) + place(p_.output, b.n, b.channel, od, oh, 0);
+    const Index* const index =
+        static_cast<const Index*>(p_.index.data) + place(p_.index, b.n, b.channel, od, oh, 0);
+    const int64_t low = b.begin * w.in;
+    const int64_t base =
+        s_.flat_of(s_.axis[0].input_of(od, 0), s_.axis[1].input_of(oh, 0), w.input_of(0, 0)) - low;
+    const bool flat = p_.kind == IndexKind::flat;
+    const RawView &g = p_.output, &x = p_.index;
+    // Steps along the row and pitches between planes: 1 as a constant where it is one.
+    const auto add = [&](auto planes, auto g_step, auto g_pitch, auto x_step, auto x_pitch,
+                         auto to_step, auto to_pitch) {
+      for (int64_t ow = 0; ow < w.out; ++ow)
+        for (int64_t plane = 0; plane < planes; ++plane) {
+          const Index chosen = index[ow * x_step + plane * x_pitch];
+          const int64_t position = flat ? static_cast<int64_t>(chosen) - low
+                                        : base + ow * w.stride + distance_of(chosen);
+          if (static_cast<uint64_t>(position) >= static_cast<uint64_t>(size)) continue;
+          Total<T>& sum = sums.data[position * to_step + plane * to_pitch];
+          sum = sum_of<T>(sum, grad[ow * g_step + plane * g_pitch]);
         }
-      }
+    };
+    using One = std::integral_constant<int64_t, 1>;
+    using Four = std::integral_constant<int64_t, 4>;
+    if (b.planes == 4 && g.stride[4] == 1 && x.stride[4] == 1 && sums.step == 1)
+      add(Four{}, One{}, g.stride[1], One{}, x.stride[1], One{}, sums.pitch);
+    else if (g.stride[1] == 1 && x.stride[1] == 1 && sums.pitch == 1)
+      add(b.planes, g.stride[4], One{}, x.stride[4], One{}, sums.step, One{});
+    else
+      add(b.planes, g.stride[4], g.stride[1], x.stride[4], x.stride[1], sums.step, sums.pitch);
+  }
+
+  int64_t distance_of(Index offset) const {
+    if constexpr (sizeof(Index) == 1) {
+      return distance_[offset];
+    } else {
+      return static_cast<uint64_t>(offset) < distance_.size() ? distance_[offset] : nowhere;
     }
   }
 
-  T* const input = static_cast<T*>(p.input.data);
-  for (int64_t row = band.begin; row < band.end; ++row, sums += w.in * planes)
-    for (int plane = 0; plane < planes; ++plane) {
-      T* const to = input + place(p.input, band.n, band.channel + plane, row / h.in, row % h.in, 0);
-      const int64_t step = p.input.stride[4];
-      for (int64_t iw = 0; iw < w.in; ++iw) to[iw * step] = result_of<T>(sums[iw * planes + plane]);
-    }
-}
-
-template <class T, class Index>
-void scatter(const PoolProblem& p, const Taps& taps) {
-  const PoolShape& s = p.shape;
-  const Axis& h = s.axis[1];
-  constexpr int side = 8;  // planes that go side by side
-  const int64_t rows = s.axis[0].in * h.in, groups = (s.channels + side - 1) / side;
-  // Bands that stay in the second cache, and are long against the windows that reach into them.
-  const int64_t reach = (h.kernel - 1) * h.dilation + 1;
-  const int64_t band =
-      std::clamp<int64_t>(std::max(int64_t{1} << 18, reach * 4 * s.axis[2].in * side) /
-                              (s.axis[2].in * side * int64_t(sizeof(Total<T>))),
-                          1, rows);
-  const int64_t bands = (rows + band - 1) / band;
-  parallel_for(s.batch * groups * bands, 1 + 8192 / (s.outputs() * side / bands + 1),
-               FloatEnvironment::gradual, [&](int64_t begin, int64_t end) {
-                 std::vector<Total<T>> sums(band * s.axis[2].in * side);
-                 for (int64_t task = begin; task < end; ++task) {
-                   const int64_t plane = task / bands;
-                   Band b{plane / groups, plane % groups * side, task % bands * band, 0};
-                   b.end = std::min(b.begin + band, rows);
-                   if (b.channel + side <= s.channels)
-                     scatter_band<side, T, Index>(p, taps, b, sums.data());
-                   else
-                     for (; b.channel < s.channels; ++b.channel)
-                       scatter_band<1, T, Index>(p, taps, b, sums.data());
-                 }
-               });
-}
+  const PoolProblem& p_;
+  const PoolShape& s_;
+  std::vector<int64_t> distance_;  // flat, by the offset of a tap
+  bool in_place_, channels_last_;
+  int64_t side_, groups_, rows_, band_, bands_;
+};
 
 // ---- gather -------------------------------------------------------------------------------------
 
 template <class T, class Index>
-void gather(const PoolProblem& p, const Taps& taps) {
+void gather(const PoolProblem& p) {
   const PoolShape& s = p.shape;
   const Axis &d = s.axis[0], &h = s.axis[1], &w = s.axis[2];
   const auto* input = static_cast<const T*>(p.input.data);
@@ -192,12 +229,10 @@ void gather(const PoolProblem& p, const Taps& taps) {
                    for (int64_t ow = 0; ow < w.out; ++ow) {
                      const Index stored = index[place(p.index, n, c, od, oh, ow)];
                      int64_t flat = static_cast<int64_t>(stored);
-                     if (p.kind == IndexKind::offset) {
-                       const Distance* const tap = taps.find(flat, 0);
-                       const int64_t base =
-                           s.flat_of(d.input_of(od, 0), h.input_of(oh, 0), w.input_of(ow, 0));
-                       flat = tap && stored != static_cast<Index>(-1) ? base + tap->flat : -1;
-                     }
+                     if (p.kind == IndexKind::offset)
+                       flat = stored != static_cast<Index>(-1) && flat < s.taps()
+                                  ? s.flat_of_offset(flat, od, oh, ow)
+                                  : -1;
                      T value = zero<T>();
                      if (flat >= 0 && flat < size) {
                        if (linear) {
@@ -217,22 +252,16 @@ void gather(const PoolProblem& p, const Taps& taps) {
 }  // namespace
 
 bool run_pool_by_index(const PoolProblem& p) {
-  constexpr int64_t limit = int64_t{1} << 20;
-  const PoolShape& s = p.shape;
-  if (p.ties > Ties::last || s.taps() > limit || s.taps() < 1) return false;
-  if (p.kind == IndexKind::flat && p.direction == PoolDirection::scatter &&
-      s.flat_of((s.axis[0].kernel - 1) * s.axis[0].dilation,
-                (s.axis[1].kernel - 1) * s.axis[1].dilation,
-                (s.axis[2].kernel - 1) * s.axis[2].dilation) > limit)
-    return false;
-  const Taps taps(s, p.direction == PoolDirection::scatter ? p.kind : IndexKind::offset);
-  if (taps.ambiguous()) return false;
+  constexpr int64_t limit = int64_t{1} << 40;
+  if (p.ties > Ties::last || p.shape.taps() < 1 || p.shape.taps() > limit) return false;
   with_type(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    with_index_type(p.index_type, [&](auto zero_index) {
-      using Index = decltype(zero_index);
-      p.direction == PoolDirection::scatter ? scatter<T, Index>(p, taps)
-                                            : gather<T, Index>(p, taps);
+    with_index_type(p.index_type, [&](auto index) {
+      using Index = decltype(index);
+      if (p.direction == PoolDirection::scatter)
+        Scatter<T, Index>(p).run();
+      else
+        gather<T, Index>(p);
     });
   });
   return true;
