@@ -64,12 +64,12 @@ struct Planes {
   }
 };
 
-template <class T, class Index>
+template <class T, class Index, bool flat>
 class Scatter {
  public:
   Scatter(const PoolProblem& problem) : p_(problem), s_(problem.shape) {
     const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
-    if (p_.kind == IndexKind::offset)
+    if (!flat)
       for (int64_t kd = 0; kd < d.kernel; ++kd)
         for (int64_t kh = 0; kh < h.kernel; ++kh)
           for (int64_t kw = 0; kw < w.kernel; ++kw)
@@ -166,7 +166,8 @@ class Scatter {
     const int64_t low = b.begin * w.in;
     const int64_t base =
         s_.flat_of(s_.axis[0].input_of(od, 0), s_.axis[1].input_of(oh, 0), w.input_of(0, 0)) - low;
-    const bool flat = p_.kind == IndexKind::flat;
+    const int64_t* const distances = distance_.data();
+    const uint64_t taps = distance_.size();
     const RawView &g = p_.output, &x = p_.index;
     // Steps along the row and pitches between planes: 1 as a constant where it is one.
     const auto add = [&](auto planes, auto g_step, auto g_pitch, auto x_step, auto x_pitch,
@@ -174,8 +175,13 @@ class Scatter {
       for (int64_t ow = 0; ow < w.out; ++ow)
         for (int64_t plane = 0; plane < planes; ++plane) {
           const Index chosen = index[ow * x_step + plane * x_pitch];
-          const int64_t position = flat ? static_cast<int64_t>(chosen) - low
-                                        : base + ow * w.stride + distance_of(chosen);
+          int64_t position;
+          if constexpr (flat) {
+            position = static_cast<int64_t>(chosen) - low;
+          } else {
+            if (sizeof(Index) > 1 && static_cast<uint64_t>(chosen) >= taps) continue;
+            position = base + ow * w.stride + distances[chosen];
+          }
           if (static_cast<uint64_t>(position) >= static_cast<uint64_t>(size)) continue;
           Total<T>& sum = sums.data[position * to_step + plane * to_pitch];
           sum = sum_of<T>(sum, grad[ow * g_step + plane * g_pitch]);
@@ -189,14 +195,6 @@ class Scatter {
       add(b.planes, g.stride[4], One{}, x.stride[4], One{}, sums.step, One{});
     else
       add(b.planes, g.stride[4], g.stride[1], x.stride[4], x.stride[1], sums.step, sums.pitch);
-  }
-
-  int64_t distance_of(Index offset) const {
-    if constexpr (sizeof(Index) == 1) {
-      return distance_[offset];
-    } else {
-      return static_cast<uint64_t>(offset) < distance_.size() ? distance_[offset] : nowhere;
-    }
   }
 
   const PoolProblem& p_;
@@ -259,7 +257,8 @@ bool run_pool_by_index(const PoolProblem& p) {
     with_index_type(p.index_type, [&](auto index) {
       using Index = decltype(index);
       if (p.direction == PoolDirection::scatter)
-        Scatter<T, Index>(p).run();
+        p.kind == IndexKind::flat ? Scatter<T, Index, true>(p).run()
+                                  : Scatter<T, Index, false>(p).run();
       else
         gather<T, Index>(p);
     });

@@ -103,6 +103,15 @@ inline Vec<L> canonical_sum(Vec<L> sum) {
     return sum;
 }
 
+// sum + x where chosen.
+template <class L>
+inline void add_where(Vec<L>& sum, VecIndex<L> chosen, Vec<L> x) {
+  if constexpr (vector_bytes == 64)
+    sum = chosen ? sum + x : sum;  // one masked instruction
+  else
+    sum += chosen ? x : Vec<L>{};
+}
+
 // A window that reaches an input: where its gradient and its index lie, and the index that names
 // the input.
 template <class I>
@@ -139,7 +148,7 @@ void add_terms(const Sums<L>& s, int64_t rows, int64_t count, const Term<LaneInd
           const int64_t at = i + v * V;
           const Vec<L> g = whole ? load(grad + t.grad + at)
                                  : load_clipped(grad + t.grad + at, 0, count - at, L(0));
-          sum[v] += load(index + t.index + at) == own ? g : Vec<L>{};
+          add_where<L>(sum[v], load(index + t.index + at) == own, g);
         }
       }
       for (int v = 0; v < n; ++v) {
@@ -176,8 +185,10 @@ void scatter_row(const GradRow<L>* rows, int64_t row_count, const Axis& width, i
     if (i + V > end && end - slot >= V) i = end - V;  // overlaps the vector before it
     const int64_t first = i * stride - width.pad;
     Vec<L> sum[stride] = {};
+    VecIndex<L> masks[margin + 1];
     const auto add_all = [&](auto whole) {
       for (int64_t r = 0; r < row_count; ++r)
+#pragma GCC unroll 8
         for (int m = margin; m >= 0; --m) {
           Vec<L> grad;
           VecIndex<L> index;
@@ -185,9 +196,10 @@ void scatter_row(const GradRow<L>* rows, int64_t row_count, const Axis& width, i
             grad = load(rows[r].grad + i - m);
             index = load(rows[r].index + i - m);
           } else {
-            grad = load_clipped(rows[r].grad, i - m, width.out, L(0));
-            index = load_clipped(rows[r].index, i - m, width.out, I(-1));
+            grad = Masked::load(rows[r].grad + i - m, masks[m], Vec<L>{});
+            index = Masked::load(rows[r].index + i - m, masks[m], broadcast(I(-1)));
           }
+#pragma GCC unroll 4
           for (int phase = 0; phase < stride; ++phase) {
             const int tap = m * stride + phase;
             if (tap >= kernel) continue;
@@ -196,14 +208,16 @@ void scatter_row(const GradRow<L>* rows, int64_t row_count, const Axis& width, i
               own = broadcast(static_cast<I>(position + first + phase)) + iota<I>() * I(stride);
             else
               own = broadcast(static_cast<I>(rows[r].own + tap));
-            sum[phase] += index == own ? grad : Vec<L>{};
+            add_where<L>(sum[phase], index == own, grad);
           }
         }
     };
-    if (i >= margin && i + V <= width.out)
+    if (i >= margin && i + V <= width.out) {
       add_all(std::true_type{});
-    else
+    } else {
+      for (int m = 0; m <= margin; ++m) masks[m] = inside<L>(i - m, width.out);
       add_all(std::false_type{});
+    }
     for (auto& phase : sum) phase = canonical_sum<L>(phase);
     if constexpr (stride == 1) {
       store_clipped(to, first, width.in, sum[0]);
