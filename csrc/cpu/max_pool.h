@@ -38,6 +38,9 @@ bool run_pool(const PoolProblem& problem, const char* first);
 // ambiguous.
 void max_pool_forward_at(const PoolProblem& problem, Position output);
 
+// Scatter and gather by looking up what each window chose; false where an index would be ambiguous.
+bool run_pool_by_index(const PoolProblem& problem);
+
 // Max-unpooling of planes: output[plane][indices[plane][j]] = input[plane][j], the last j winning,
 // the rest +0; and its transpose. Both return false, nothing promised of the output, if an index is
 // not in [0, outputs). All tensors contiguous.

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <new>
 #include <utility>
+#include <vector>
 
 #include "max_pool.h"
 #include "parallel.h"
@@ -23,15 +24,17 @@ namespace TNC_ISA {
 namespace {
 constexpr int vector_bytes = 32;
 
-// Loads and stores of the lanes whose mask is all ones; no other memory is touched.
+// Loads and stores of the lanes whose mask is all ones; other memory is not touched.
 struct Masked {
-  template <class L, class Mask>
-  static auto load(const L* from, Mask mask) {
-    typedef L V __attribute__((vector_size(vector_bytes)));
+  template <class L, class Mask, class V>
+  static V load(const L* from, Mask mask, V otherwise) {
     if constexpr (sizeof(L) == 4)
-      return (V)_mm256_maskload_epi32(reinterpret_cast<const int*>(from), (__m256i)mask);
+      return mask ? (V)_mm256_maskload_epi32(reinterpret_cast<const int*>(from), (__m256i)mask)
+                  : otherwise;
     else
-      return (V)_mm256_maskload_epi64(reinterpret_cast<const long long*>(from), (__m256i)mask);
+      return mask
+                 ? (V)_mm256_maskload_epi64(reinterpret_cast<const long long*>(from), (__m256i)mask)
+                 : otherwise;
   }
   template <class L, class Mask, class V>
   static void store(L* to, Mask mask, V v) {

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <new>
 #include <utility>
+#include <vector>
 
 #include "max_pool.h"
 #include "parallel.h"
@@ -27,15 +28,16 @@ namespace TNC_ISA {
 namespace {
 constexpr int vector_bytes = 64;
 
-// Loads and stores of the lanes whose mask is all ones; no other memory is touched.
+// Loads and stores of the lanes whose mask is all ones; other memory is not touched.
 struct Masked {
-  template <class L, class Mask>
-  static auto load(const L* from, Mask mask) {
-    typedef L V __attribute__((vector_size(vector_bytes)));
+  template <class L, class Mask, class V>
+  static V load(const L* from, Mask mask, V otherwise) {
     if constexpr (sizeof(L) == 4)
-      return (V)_mm512_maskz_loadu_epi32(_mm512_movepi32_mask((__m512i)mask), from);
+      return (V)_mm512_mask_loadu_epi32((__m512i)otherwise, _mm512_movepi32_mask((__m512i)mask),
+                                        from);
     else
-      return (V)_mm512_maskz_loadu_epi64(_mm512_movepi64_mask((__m512i)mask), from);
+      return (V)_mm512_mask_loadu_epi64((__m512i)otherwise, _mm512_movepi64_mask((__m512i)mask),
+                                        from);
   }
   template <class L, class Mask, class V>
   static void store(L* to, Mask mask, V v) {

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <new>
 #include <utility>
+#include <vector>
 
 #include "max_pool.h"
 #include "parallel.h"
@@ -12,15 +13,13 @@ namespace TNC_ISA {
 namespace {
 constexpr int vector_bytes = 16;
 
-// Loads and stores of the lanes whose mask is all ones; no other memory is touched.
+// Loads and stores of the lanes whose mask is all ones; other memory is not touched.
 struct Masked {
-  template <class L, class Mask>
-  static auto load(const L* from, Mask mask) {
-    typedef L V __attribute__((vector_size(vector_bytes)));
-    V v{};
+  template <class L, class Mask, class V>
+  static V load(const L* from, Mask mask, V otherwise) {
     for (int i = 0; i < vector_bytes / int(sizeof(L)); ++i)
-      if (mask[i]) v[i] = from[i];
-    return v;
+      if (mask[i]) otherwise[i] = from[i];
+    return otherwise;
   }
   template <class L, class Mask, class V>
   static void store(L* to, Mask mask, V v) {
@@ -35,6 +34,11 @@ struct Masked {
 #include "pool_kernels.h"
 
 namespace torch_naiveconv {
+static bool run_generic(const PoolProblem& p) {
+  if (generic::run(p)) return true;
+  return p.direction != PoolDirection::forward && run_pool_by_index(p);
+}
+
 extern const PoolRow pool_generic;
-const PoolRow pool_generic{"generic", [] { return true; }, generic::run};
+const PoolRow pool_generic{"generic", [] { return true; }, run_generic};
 }  // namespace torch_naiveconv

@@ -164,43 +164,52 @@ struct InputRow {
   LaneIndex<L> index;  // what the row adds to the index
 };
 
-// The winners of V = lanes<L> windows next to each other in one row, `first` the position of the
-// first window's first tap. Loads reach no further than the last window's last tap.
-template <int stride, int kernel, bool inside, bool indexed, bool last, class L>
-inline Best<L> row_winners(const InputRow<L>& row, int64_t first, int64_t size, L low,
+// What is loaded for V = lanes<L> windows next to each other in one row: vectors that begin at
+// these places, none reaching beyond the last window's last tap.
+template <int stride, int kernel, int V>
+struct Loads {
+  static constexpr int count = stride == 1 || kernel == 2 ? kernel : 4;
+  static constexpr int place(int n) {
+    if (stride == 1) return n;
+    return stride == 2 ? n % 2 * V + n / 2 : n * V;
+  }
+};
+
+// The winners of those windows, `first` the position of the first tap; masks as in pool_row.
+template <int stride, int kernel, bool clipped, bool indexed, bool last, class L>
+inline Best<L> row_winners(const InputRow<L>& row, int64_t first, const VecIndex<L>* masks, L low,
                            LaneIndex<L> step) {
-  constexpr int V = lanes<L>;
-  const auto at = [&](int64_t offset) {
-    if constexpr (inside)
-      return load(row.data + first + offset);
-    else
-      return load_clipped(row.data, first + offset, size, low);
-  };
+  using Parts = Loads<stride, kernel, lanes<L>>;
+  Vec<L> part[Parts::count];
+#pragma GCC unroll 4
+  for (int n = 0; n < Parts::count; ++n) {
+    const L* const from = row.data + first + Parts::place(n);
+    part[n] = clipped ? Masked::load(from, masks[n], broadcast(low)) : load(from);
+  }
   Vec<L> tap[kernel];
   if constexpr (stride == 1) {
-    for (int k = 0; k < kernel; ++k) tap[k] = at(k);
+#pragma GCC unroll 4
+    for (int k = 0; k < kernel; ++k) tap[k] = part[k];
   } else if constexpr (stride == 2) {
-    const Vec<L> a = at(0), b = at(V);
-    tap[0] = evens<L>(a, b);
+    static_assert(kernel == 2 || kernel == 3, "two or three taps at stride 2");
+    tap[0] = evens<L>(part[0], part[1]);
     if constexpr (kernel == 2) {
-      tap[1] = odds<L>(a, b);
+      tap[1] = odds<L>(part[0], part[1]);
     } else {
-      static_assert(kernel == 3, "two or three taps at stride 2");
-      const Vec<L> c = at(1), d = at(V + 1);
-      tap[1] = evens<L>(c, d);
-      tap[2] = odds<L>(c, d);
+      tap[1] = evens<L>(part[2], part[3]);
+      tap[2] = odds<L>(part[2], part[3]);
     }
   } else {
     static_assert(stride == 4 && kernel == 4, "no other strides");
-    const Vec<L> a = at(0), b = at(V), c = at(2 * V), d = at(3 * V);
-    const Vec<L> even[2] = {evens<L>(a, b), evens<L>(c, d)};
-    const Vec<L> odd[2] = {odds<L>(a, b), odds<L>(c, d)};
+    const Vec<L> even[2] = {evens<L>(part[0], part[1]), evens<L>(part[2], part[3])};
+    const Vec<L> odd[2] = {odds<L>(part[0], part[1]), odds<L>(part[2], part[3])};
     tap[0] = evens<L>(even[0], even[1]);
     tap[1] = evens<L>(odd[0], odd[1]);
     tap[2] = odds<L>(even[0], even[1]);
     tap[3] = odds<L>(odd[0], odd[1]);
   }
   Best<L> best{tap[0], broadcast(row.index)};
+#pragma GCC unroll 4
   for (int k = 1; k < kernel; ++k)
     challenge<indexed, last, L>(
         best, Best<L>{tap[k], broadcast(static_cast<LaneIndex<L>>(row.index + k * step))});
@@ -212,21 +221,29 @@ template <int stride, int kernel, bool indexed, bool last, class L>
 void pool_row(const InputRow<L>* rows, int64_t row_count, const Axis& width, L low,
               LaneIndex<L> step, L* output, LaneIndex<L>* index) {
   constexpr int V = lanes<L>;
+  using Parts = Loads<stride, kernel, V>;
   for (int64_t o = 0; o < width.out; o += V) {
     // The last vector overlaps the one before it rather than being a part of one.
     if (o + V > width.out && width.out >= V) o = width.out - V;
     const int64_t first = o * stride - width.pad;
-    const auto winners = [&](auto inside) {
+    VecIndex<L> masks[Parts::count];
+    const auto winners = [&](auto clipped) {
       const auto of_row = [&](const InputRow<L>& row) {
-        return row_winners<stride, kernel, decltype(inside)::value, indexed, last, L>(
-            row, first, width.in, low, step);
+        return row_winners<stride, kernel, decltype(clipped)::value, indexed, last, L>(
+            row, first, masks, low, step);
       };
       Best<L> best = of_row(rows[0]);
       for (int64_t r = 1; r < row_count; ++r) challenge<indexed, last, L>(best, of_row(rows[r]));
       return best;
     };
-    const bool inside = first >= 0 && first + (V - 1) * stride + kernel <= width.in;
-    const Best<L> best = inside ? winners(std::true_type{}) : winners(std::false_type{});
+    Best<L> best;
+    if (first >= 0 && first + (V - 1) * stride + kernel <= width.in) {
+      best = winners(std::false_type{});
+    } else {
+      for (int n = 0; n < Parts::count; ++n)
+        masks[n] = inside<L>(first + Parts::place(n), width.in);
+      best = winners(std::true_type{});
+    }
     store_clipped(output, o, width.out, best.value);
     if constexpr (indexed) store(index + o, best.index);
   }

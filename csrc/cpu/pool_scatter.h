@@ -103,6 +103,15 @@ inline Vec<L> canonical_sum(Vec<L> sum) {
     return sum;
 }
 
+// sum + x where chosen.
+template <class L>
+inline void add_where(Vec<L>& sum, VecIndex<L> chosen, Vec<L> x) {
+  if constexpr (vector_bytes == 64)
+    sum = chosen ? sum + x : sum;  // one masked instruction
+  else
+    sum += chosen ? x : Vec<L>{};
+}
+
 // A window that reaches an input: where its gradient and its index lie, and the index that names
 // the input.
 template <class I>
@@ -139,7 +148,7 @@ void add_terms(const Sums<L>& s, int64_t rows, int64_t count, const Term<LaneInd
           const int64_t at = i + v * V;
           const Vec<L> g = whole ? load(grad + t.grad + at)
                                  : load_clipped(grad + t.grad + at, 0, count - at, L(0));
-          sum[v] += load(index + t.index + at) == own ? g : Vec<L>{};
+          add_where<L>(sum[v], load(index + t.index + at) == own, g);
         }
       }
       for (int v = 0; v < n; ++v) {
@@ -176,8 +185,10 @@ void scatter_row(const GradRow<L>* rows, int64_t row_count, const Axis& width, i
     if (i + V > end && end - slot >= V) i = end - V;  // overlaps the vector before it
     const int64_t first = i * stride - width.pad;
     Vec<L> sum[stride] = {};
+    VecIndex<L> masks[margin + 1];
     const auto add_all = [&](auto whole) {
       for (int64_t r = 0; r < row_count; ++r)
+#pragma GCC unroll 8
         for (int m = margin; m >= 0; --m) {
           Vec<L> grad;
           VecIndex<L> index;
@@ -185,9 +196,10 @@ void scatter_row(const GradRow<L>* rows, int64_t row_count, const Axis& width, i
             grad = load(rows[r].grad + i - m);
             index = load(rows[r].index + i - m);
           } else {
-            grad = load_clipped(rows[r].grad, i - m, width.out, L(0));
-            index = load_clipped(rows[r].index, i - m, width.out, I(-1));
+            grad = Masked::load(rows[r].grad + i - m, masks[m], Vec<L>{});
+            index = Masked::load(rows[r].index + i - m, masks[m], broadcast(I(-1)));
           }
+#pragma GCC unroll 4
           for (int phase = 0; phase < stride; ++phase) {
             const int tap = m * stride + phase;
             if (tap >= kernel) continue;
@@ -196,14 +208,16 @@ void scatter_row(const GradRow<L>* rows, int64_t row_count, const Axis& width, i
               own = broadcast(static_cast<I>(position + first + phase)) + iota<I>() * I(stride);
             else
               own = broadcast(static_cast<I>(rows[r].own + tap));
-            sum[phase] += index == own ? grad : Vec<L>{};
+            add_where<L>(sum[phase], index == own, grad);
           }
         }
     };
-    if (i >= margin && i + V <= width.out)
+    if (i >= margin && i + V <= width.out) {
       add_all(std::true_type{});
-    else
+    } else {
+      for (int m = 0; m <= margin; ++m) masks[m] = inside<L>(i - m, width.out);
       add_all(std::false_type{});
+    }
     for (auto& phase : sum) phase = canonical_sum<L>(phase);
     if constexpr (stride == 1) {
       store_clipped(to, first, width.in, sum[0]);
@@ -223,12 +237,46 @@ void scatter_row(const GradRow<L>* rows, int64_t row_count, const Axis& width, i
   }
 }
 
+// Output o reaches an input with tap k.
+struct Reach {
+  int64_t o, k;
+};
+// For every input of an axis, the outputs that reach it, ascending: divisions done once a call.
+class ReachTable {
+ public:
+  explicit ReachTable(const Axis& a) {
+    for (int64_t i = 0; i < a.in; ++i) {
+      start_.push_back(reaches_.size());
+      for (int64_t o = a.first_output(i); o <= a.last_output(i); ++o)
+        if (const int64_t k = a.tap_of(o, i); k >= 0) reaches_.push_back({o, k});
+    }
+    start_.push_back(reaches_.size());
+  }
+  const Reach* begin(int64_t i) const { return reaches_.data() + start_[i]; }
+  const Reach* end(int64_t i) const { return reaches_.data() + start_[i + 1]; }
+
+ private:
+  std::vector<size_t> start_;
+  std::vector<Reach> reaches_;
+};
+
 template <class L>
 class Scatter {
  public:
   Scatter(const PoolProblem& problem, const SumCodec<L>& codec)
-      : p_(problem), s_(problem.shape), codec_(codec) {
+      : p_(problem),
+        s_(problem.shape),
+        codec_(codec),
+        of_plane_(problem.shape.axis[0]),
+        of_row_(problem.shape.axis[1]) {
     const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
+    for (int64_t phase = 0; phase < w.stride; ++phase) {
+      phase_start_.push_back(phase_taps_.size());
+      for (int64_t k = w.kernel - 1; k >= 0; --k)
+        if (k * w.dilation >= phase && (k * w.dilation - phase) % w.stride == 0)
+          phase_taps_.push_back({(k * w.dilation - phase) / w.stride, k});
+    }
+    phase_start_.push_back(phase_taps_.size());
     channels_last_ = p_.input.stride[1] == 1 && p_.output.stride[1] == 1 &&
                      p_.index.stride[1] == 1 && s_.channels > 1 && p_.input.stride[4] != 1;
     const bool flat = p_.kind == IndexKind::flat;
@@ -341,10 +389,24 @@ class Scatter {
     return n * v.stride[0] + c * v.stride[1] + d * v.stride[2] + h * v.stride[3] + w * v.stride[4];
   }
 
+  // The rows of outputs that reach a row of inputs, ascending.
+  template <class Visit>
+  void for_each_row(const Tile& t, int64_t ih, Visit visit) const {
+    for (const Reach* d = of_plane_.begin(t.id); d != of_plane_.end(t.id); ++d)
+      for (const Reach* h = of_row_.begin(ih); h != of_row_.end(ih); ++h)
+        visit(d->o, d->k, h->o, h->k);
+  }
+  // The taps of the width that reach a phase, with how many windows back: windows ascending.
+  template <class Visit>
+  void for_each_tap(int64_t phase, Visit visit) const {
+    for (size_t k = phase_start_[phase]; k < phase_start_[phase + 1]; ++k)
+      visit(phase_taps_[k].o, phase_taps_[k].k);
+  }
+
   // ---- direct: indices as lanes, gradients and sums where they are in memory
 
   void scatter_direct(const Tile& t, const Buffers& b) const {
-    const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
+    const Axis& w = s_.axis[2];
     const int64_t pixel = channels_last_ ? t.lanes : 1;
     const int64_t start = std::clamp<int64_t>(t.slot - margin_, 0, w.out);
     const int64_t columns = std::min(t.slot + t.slots, w.out) - start;
@@ -354,18 +416,13 @@ class Scatter {
         stage_index(t, od, start, columns, b.index + (od - t.od) * height * pitch);
     for (int64_t ih = t.row; ih < t.end; ++ih) {
       int64_t row_count = 0;
-      for (int64_t od = t.od; od < t.od_end && columns > 0; ++od) {
-        const int64_t kd = d.tap_of(od, t.id);
-        if (kd < 0) continue;
-        for (int64_t oh = h.first_output(ih); oh <= h.last_output(ih); ++oh) {
-          const int64_t kh = h.tap_of(oh, ih);
-          if (kh < 0) continue;
+      for_each_row(t, ih, [&](int64_t od, int64_t kd, int64_t oh, int64_t kh) {
+        if (columns > 0)
           b.rows[row_count++] = {
               static_cast<const L*>(p_.output.data) + offset(p_.output, t.n, t.channel, od, oh, 0),
               b.index + ((od - t.od) * height + oh - t.oh) * pitch - start * pixel,
               static_cast<I>(kd * weight_[0] + kh * weight_[1])};
-        }
-      }
+      });
       L* const to = static_cast<L*>(p_.input.data) + offset(p_.input, t.n, t.channel, t.id, ih, 0);
       const int64_t position = s_.flat_of(t.id, ih, 0);
       if (channels_last_)
@@ -404,24 +461,22 @@ class Scatter {
     const int64_t end_slot = t.slot + t.slots;
     for (int64_t phase = 0; phase < w.stride; ++phase) {
       const auto input_at = [&](int64_t slot) { return slot * w.stride + phase - w.pad; };
+      const int64_t last_run = std::min({end_slot, w.out, up(w.in - phase + w.pad, w.stride)});
       int64_t slot = t.slot;
       while (slot < end_slot && input_at(slot) < 0) ++slot;
       while (slot < end_slot && input_at(slot) < w.in) {
         int64_t count = 0, run = 1;
         if (slot >= margin_)  // with all of its taps, or the last ones
-          run = std::max<int64_t>(
-              1, std::min({end_slot, w.out, up(w.in - phase + w.pad, w.stride)}) - slot);
+          run = std::max<int64_t>(1, last_run - slot);
         for (int64_t r = 0; r < row_count; ++r)
-          for (int64_t kw = w.kernel - 1; kw >= 0; --kw) {
-            const int64_t distance = kw * w.dilation - phase;
-            if (distance < 0 || distance % w.stride != 0) continue;
-            const int64_t ow = slot - distance / w.stride;
-            if (ow < 0 || ow >= w.out) continue;
+          for_each_tap(phase, [&](int64_t shift, int64_t kw) {
+            const int64_t ow = slot - shift;
+            if (ow < 0 || ow >= w.out) return;
             b.terms[count++] = {
                 b.rows[r].grad - b.rows[0].grad + ow * p_.output.stride[4],
                 b.rows[r].index - b.rows[0].index + ow * t.lanes,
                 static_cast<I>(flat ? position + input_at(slot) : b.rows[r].own + kw)};
-          }
+          });
         const Sums<L> sums{to + input_at(slot) * p_.input.stride[4],
                            b.rows[0].grad,
                            b.rows[0].index,
@@ -480,28 +535,20 @@ class Scatter {
   }
 
   void scatter(const Tile& t, const Buffers& b) const {
-    const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
+    const Axis& w = s_.axis[2];
     const int64_t pixel = channels_last_ ? t.lanes : 1, pitch = (t.slots + margin_) * pixel;
     stage(t, b);
     for (int64_t ih = t.row; ih < t.end; ++ih) {
       for (int64_t phase = 0; phase < w.stride; ++phase) {
         int64_t count = 0;
-        for (int64_t od = t.od; od < t.od_end; ++od) {
-          const int64_t kd = d.tap_of(od, t.id);
-          if (kd < 0) continue;
-          for (int64_t oh = h.first_output(ih); oh <= h.last_output(ih); ++oh) {
-            const int64_t kh = h.tap_of(oh, ih);
-            if (kh < 0) continue;
-            const int64_t row = (od - t.od) * (t.oh_end - t.oh) + oh - t.oh;
-            for (int64_t kw = w.kernel - 1; kw >= 0; --kw) {
-              const int64_t distance = kw * w.dilation - phase;
-              if (distance % w.stride != 0 || distance < 0) continue;
-              const int64_t at = row * pitch + (margin_ - distance / w.stride) * pixel;
-              b.terms[count++] = {
-                  at, at, static_cast<I>(kd * weight_[0] + kh * weight_[1] + kw * weight_[2])};
-            }
-          }
-        }
+        for_each_row(t, ih, [&](int64_t od, int64_t kd, int64_t oh, int64_t kh) {
+          const int64_t row = (od - t.od) * (t.oh_end - t.oh) + oh - t.oh;
+          for_each_tap(phase, [&](int64_t shift, int64_t kw) {
+            const int64_t at = row * pitch + (margin_ - shift) * pixel;
+            b.terms[count++] = {
+                at, at, static_cast<I>(kd * weight_[0] + kh * weight_[1] + kw * weight_[2])};
+          });
+        });
         add_terms<false, L>({b.sums + phase * phase_size_, b.grad, b.index, 0, 0, 0, 0}, 1,
                             t.slots * pixel, b.terms, count);
       }
@@ -550,6 +597,9 @@ class Scatter {
   const PoolProblem& p_;
   const PoolShape& s_;
   const SumCodec<L>& codec_;
+  const ReachTable of_plane_, of_row_;
+  std::vector<Reach> phase_taps_;  // o: windows back
+  std::vector<size_t> phase_start_;
   bool channels_last_ = false, direct_ = false;
   RowKernel row_kernel_ = nullptr;
   int64_t weight_[3] = {0, 0, 0};

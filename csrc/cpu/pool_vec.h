@@ -109,8 +109,7 @@ inline VecIndex<L> inside(int64_t first, int64_t size) {
 // row[first ... first + lanes), with `pad` for what lies outside [0, size).
 template <class L>
 inline Vec<L> load_clipped(const L* row, int64_t first, int64_t size, L pad) {
-  const VecIndex<L> mask = inside<L>(first, size);
-  return mask ? Masked::load(row + first, mask) : broadcast(pad);
+  return Masked::load(row + first, inside<L>(first, size), broadcast(pad));
 }
 // Writes of row[first ... first + lanes) what lies in [0, size).
 template <class L>
