@@ -16,6 +16,22 @@ struct SplitRule {
   int64_t workspace_bytes = int64_t{64} << 20;
 };
 
+// Do the lanes 4 i to 4 i + 3 always lie side by side in C, aligned as one access wants them?
+template <class T>
+bool runs_are_whole(const TileLaunch& launch, const Phase& phase) {
+  const Lowering& l = launch.lowering;
+  const Side& lanes = phase.lanes;
+  const int64_t d = lanes.digits.size[0].divisor, h = lanes.digits.size[1].divisor,
+                w = lanes.digits.size[2].divisor;
+  const auto whole = [](int64_t n) { return n % 4 == 0; };
+  const bool rows = whole(w) && whole(lanes.other[0]) && whole(lanes.other[1]);
+  const bool planes =
+      whole(d * h * w) && (h == 1 || lanes.other[1] == w) && (d == 1 || lanes.other[0] == h * w);
+  return lanes.other[2] == 1 && (rows || planes) && whole(lanes.other_first) &&
+         whole(lanes.other_outer) && whole(l.c_row) && whole(l.c_group) &&
+         reinterpret_cast<uintptr_t>(l.c) % alignof(Run<T, 4>) == 0;
+}
+
 // Launcher: allocate(bytes), each(count, body), tiles<Config>(launch, blocks).
 template <class Config, class Launcher>
 void launch_tiles(const ConvProblem& p, const SplitRule& rule, Launcher& launcher) {
@@ -30,10 +46,12 @@ void launch_tiles(const ConvProblem& p, const SplitRule& rule, Launcher& launche
   for (int64_t first = 0; first < phases; first += max_phases) {
     l.phases = 0;
     int64_t tiles = 0;
+    launch.whole_runs = true;
     for (int64_t i = first; i < phases && i < first + max_phases; ++i) {
       Phase phase = make_phase(p, i, group_length<T>, Config::block_terms);
       if (phase.lane_count == 0) continue;
       phase.first_tile = static_cast<int>(tiles);
+      launch.whole_runs = launch.whole_runs && runs_are_whole<T>(launch, phase);
       tiles += ceil_div(phase.lane_count, Config::lanes);
       l.phase[l.phases++] = phase;
     }

@@ -34,11 +34,17 @@ struct PairedArithmetic {
   TNC_HD static Value load(T x) { return operand(x); }
   TNC_HD static void step(Chain& chain, Value a, Value b, bool odd) {
     float& sum = odd ? chain.odd : chain.even;
-    // Sums of float16 products are multiples of 2^-48: there is nothing to flush.
-    if constexpr (std::is_same_v<T, Half>)
-      sum = fused(a, b, sum);
-    else
-      sum = flushed_fused(a, b, sum);
+    const float next = fused(a, b, sum);
+    if constexpr (std::is_same_v<T, Half>) {
+      sum = next;  // a multiple of 2^-48: there is nothing to flush
+    } else {
+      // flushed_fused, in the order that costs least here: its rare case last.
+      const float size = next < 0.0f ? -next : next;
+      if (size == smallest_normal)
+        sum = flushed_fused(a, b, sum);
+      else
+        sum = size < smallest_normal ? signed_zero_of(next) : next;
+    }
   }
   TNC_HD static float value(const Chain& chain) { return flushed_add(chain.even, chain.odd); }
   TNC_HD static float fold(float total, float group) { return flushed_add(total, group); }
@@ -119,6 +125,7 @@ struct TileLaunch {
   Lowering lowering;
   int first_group, last_group, splits;
   void* workspace;
+  bool whole_runs;  // may four neighbouring lanes be stored at once?
 };
 
 // A thread block's piece of it.
@@ -164,20 +171,23 @@ TNC_HD int64_t flat_result(const Lowering& l, int group, int row, int lane) {
   return (static_cast<int64_t>(group) * l.rows + row) * l.phase[0].lane_count + lane;
 }
 
-// Adds the bias or +0, rounds, stores.
-template <class T>
-TNC_HD void store_result(const TileLaunch& launch, int group, int row, int64_t c_offset,
-                         Total<T> total) {
+// Adds the bias or +0, rounds, stores: `count` results side by side in C.
+template <class T, int count>
+TNC_HD void store_results(const TileLaunch& launch, int group, int row, int64_t c_offset,
+                          const Total<T>* totals) {
   const Lowering& l = launch.lowering;
-  OrderedSum<T> sum(total);
   const int64_t at = group * l.c_group + row * l.c_row + c_offset;
   if (launch.problem.keep_total) {
-    static_cast<Total<T>*>(l.c)[at] = sum.total();
-  } else {
-    const T* bias = static_cast<const T*>(l.bias);
-    const int64_t channel = static_cast<int64_t>(group) * l.rows + row;
-    static_cast<T*>(l.c)[at] = sum.result(bias != nullptr ? bias[channel] : zero<T>());
+    for (int i = 0; i < count; ++i)
+      static_cast<Total<T>*>(l.c)[at + i] = OrderedSum<T>(totals[i]).total();
+    return;
   }
+  const T* biases = static_cast<const T*>(l.bias);
+  const T bias = biases != nullptr ? biases[static_cast<int64_t>(group) * l.rows + row] : zero<T>();
+  Run<T, count> run;
+  TNC_UNROLL
+  for (int i = 0; i < count; ++i) run.x[i] = OrderedSum<T>(totals[i]).result(bias);
+  *reinterpret_cast<Run<T, count>*>(static_cast<T*>(l.c) + at) = run;
 }
 
 // Where the input gradient has no term the kernel adds 0 * weight, which is seen only if the weight
@@ -315,7 +325,8 @@ struct TileKernel {
   // The next eight terms of every sum of this thread.
   TNC_HD void step(Thread& me, int stage, int thread) const {
     const int buffer = stage & 1;
-    TNC_UNROLL
+    // The steps of the 16-bit types are long: unrolled eight times they would outgrow the cache.
+    TNC_UNROLL_IF(sizeof(T) != 2)
     for (int slot = 0; slot < Config::block_terms; ++slot) {
       Value a[Config::rows_each], b[Config::lanes_each];
       read<Config::row_run>(a, shared.a[buffer][slot],
@@ -374,10 +385,12 @@ struct TileKernel {
     }
   }
 
-  TNC_HD void finish(Thread& me, int thread) const {
+  // Stores this thread's results, `run` neighbours at a time. Returns whether any is a NaN.
+  template <int run>
+  TNC_HD bool store(const Thread& me, int thread) const {
     bool any_nan = false;
     TNC_UNROLL
-    for (int j = 0; j < Config::lanes_each; ++j) {
+    for (int j = 0; j < Config::lanes_each; j += run) {
       const int lane = piece.lane + Config::lane_of(thread, j);
       if (lane >= phase.lane_count) continue;
       const int64_t c_offset = phase.lanes.at(static_cast<uint32_t>(lane), l.b_stride).other;
@@ -385,10 +398,18 @@ struct TileKernel {
       for (int i = 0; i < Config::rows_each; ++i) {
         const int row = piece.row + Config::row_of(thread, i);
         if (row >= l.rows) continue;
-        store_result<T>(launch, piece.group, row, c_offset, me.total[i][j]);
-        any_nan = any_nan || !(me.total[i][j] == me.total[i][j]);
+        store_results<T, run>(launch, piece.group, row, c_offset, &me.total[i][j]);
+        TNC_UNROLL
+        for (int r = 0; r < run; ++r)
+          any_nan = any_nan || !(me.total[i][j + r] == me.total[i][j + r]);
       }
     }
+    return any_nan;
+  }
+
+  TNC_HD void finish(const Thread& me, int thread) const {
+    const bool any_nan =
+        launch.whole_runs ? store<Config::lane_run>(me, thread) : store<1>(me, thread);
     if (launch.problem.direction != Direction::grad_input || !any_nan) return;
     for (int j = 0; j < Config::lanes_each; ++j)
       for (int i = 0; i < Config::rows_each; ++i) {
@@ -486,7 +507,7 @@ struct Fold {
     const int64_t channel = flat / phase.lane_count;
     const int row = static_cast<int>(channel % l.rows), group = static_cast<int>(channel / l.rows);
     const int64_t c_offset = phase.lanes.at(static_cast<uint32_t>(lane), l.b_stride).other;
-    store_result<T>(launch, group, row, c_offset, total);
+    store_results<T, 1>(launch, group, row, c_offset, &total);
     if (launch.problem.direction == Direction::grad_input && !(total == total))
       settle_nan<T>(launch, phase, group, row, lane);
   }
