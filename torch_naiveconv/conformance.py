@@ -97,6 +97,7 @@ def choices(values: str, bias: int) -> list[tuple[int, int]]:
         "large": [(bias + bias // 2 - 2 + k, 1) for k in range(8)],
         "tiny": [(middle - 4 + k, 1) for k in range(8)],
         "subnormal": [(0, 1), (1, 1), (2, 1), (bias, 1)],
+        "smallest": [(0, 1), (1, 1), (1, 1), (2, 1)],
         "zeros": [(0, 0), (0, 0), (0, 0), (bias, 1)],
         "ties": [(0, 0), (bias, 0), (bias + 1, 0), (bias, 0)],  # 0, 1, 2, 1
         # an infinity, a NaN, a zero, a subnormal among ordinary numbers
@@ -140,7 +141,7 @@ def tensor(case: Case, number: int, shape: list[int], dtype: str | None = None) 
     """Tensor ``number`` of a case, contiguous: element i is the i-th in (n, c, d, h, w) order."""
     dtype = dtype or case.dtype
     edge_total = number == TOTAL and case.values == "edge"
-    values = "subnormal" if edge_total else case.values
+    values = "smallest" if edge_total else case.values
     bits = generate(dtype, values, case.seed, number, math.prod(shape))
     return torch.from_numpy(bits).view(getattr(torch, dtype)).reshape(shape)
 
@@ -328,6 +329,8 @@ def _conv_values(direction: str, dtype: str) -> Iterator[tuple[str, str]]:
             yield "edge", shape
     if dtype == "float32":
         yield "halfway", "plain"
+    if direction == "grad_bias":
+        yield "smallest", "plain"
 
 
 def _conv_rows(direction: str, dtype: str, values: str, shape: str) -> Iterator[dict[str, Any]]:

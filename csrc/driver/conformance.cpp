@@ -6,6 +6,7 @@
 //
 // A line of the input is a case, one of the output is "<name> <row> <SHA-256>", for every row of
 // the table that this processor can run.
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <iostream>
@@ -140,6 +141,7 @@ Choice choice(const std::string& values, uint64_t bias, uint64_t draw) {
   if (values == "large") return {bias + bias / 2 - 2 + draw % 8, 1};
   if (values == "tiny") return {middle - 4 + draw % 8, 1};
   if (values == "subnormal") return {draw % 4 == 3 ? bias : draw % 4, 1};
+  if (values == "smallest") return {draw % 4 == 3 ? 2 : std::min<uint64_t>(draw % 4, 1), 1};
   if (values == "zeros") return draw % 4 == 3 ? Choice{bias, 1} : Choice{0, 0};
   if (values == "ties") return {draw % 4 == 0 ? 0 : bias + (draw % 4 == 2), 0};
   if (values == "edge") return {middle - (draw % 4 < 2 ? 0 : 10 + draw % 4), draw % 16 < 4};
@@ -208,7 +210,7 @@ struct Case {
     Buffer buffer(type, sizes);
     const Format f = format_of(type);
     const bool edge_total = tensor == TOTAL && values == "edge";
-    const std::string& drawn = edge_total ? "subnormal" : values;
+    const std::string& drawn = edge_total ? "smallest" : values;
     for (int64_t i = 0; i < sizes.count(); ++i) {
       const uint64_t bits = element(f, type == DType::boolean, drawn, random_bits(seed, tensor, i));
       for (int b = 0; b < f.bits / 8; ++b)
