@@ -31,8 +31,13 @@ SPEED = [
     "-fno-math-errno",  # fma as an instruction even where errno could be set
     "-fno-trapping-math",  # compares may become blends; nobody reads the exception flags
 ]
-if platform.machine() in ("x86_64", "AMD64"):
-    SPEED.append("-mfma")  # the contract is made of FMAs; every x86 since 2013 has them in hardware
+
+
+def kernel_flags(machine: str) -> list[str]:
+    """What the kernels need on a processor; tools/other_processors.py builds with them too."""
+    x86 = machine in ("x86_64", "AMD64")
+    # the contract is made of FMAs; every x86 since 2013 has them in hardware
+    return [*ROUNDING, *SPEED, *(["-mfma"] if x86 else [])]
 
 
 def relative(pattern: str) -> list[str]:
@@ -43,7 +48,7 @@ def cpu_library() -> CppExtension:
     return CppExtension(
         "torch_naiveconv._cpu",
         ["csrc/ops.cpp", *relative("csrc/cpu/*.cpp")],
-        extra_compile_args=[*STABLE_ABI, *ROUNDING, *SPEED, "-Wall", "-Wextra"],
+        extra_compile_args=[*STABLE_ABI, *kernel_flags(platform.machine()), "-Wall", "-Wextra"],
         depends=relative("csrc/**/*.h"),
         py_limited_api=True,
     )
@@ -80,7 +85,8 @@ def cuda_library() -> Extension | None:
     if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
         os.environ["TORCH_CUDA_ARCH_LIST"] = ARCHITECTURES
     library = Path(home, "lib64") if Path(home, "lib64").exists() else Path(home, "lib")
-    host = [*ROUNDING, *SPEED, "-fvisibility=hidden"]
+    flags = kernel_flags(platform.machine())
+    host = [*flags, "-fvisibility=hidden"]
     return CppExtension(
         "torch_naiveconv._cuda",
         ["csrc/cuda/ops.cpp", *relative("csrc/cuda/*.cu")],
@@ -89,7 +95,7 @@ def cuda_library() -> Extension | None:
         # cudart linked statically: the library needs the driver, not some version of the toolkit.
         libraries=["cudart_static", "dl", "rt", "pthread"],
         extra_compile_args={
-            "cxx": [*STABLE_ABI, *ROUNDING, *SPEED],
+            "cxx": [*STABLE_ABI, *flags],
             "nvcc": ["-O3", "-fmad=false", f"-Xcompiler={','.join(host)}"],
         },
         depends=relative("csrc/**/*.h"),
@@ -121,5 +127,6 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-libraries = [library for library in (cpu_library(), cuda_library()) if library is not None]
-setup(ext_modules=libraries, cmdclass={"build_ext": Build, "bdist_wheel": Wheel})
+if __name__ == "__main__":
+    libraries = [library for library in (cpu_library(), cuda_library()) if library is not None]
+    setup(ext_modules=libraries, cmdclass={"build_ext": Build, "bdist_wheel": Wheel})

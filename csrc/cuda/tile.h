@@ -47,7 +47,8 @@ struct PairedArithmetic {
     }
   }
   TNC_HD static float value(const Chain& chain) { return flushed_add(chain.even, chain.odd); }
-  TNC_HD static float fold(float total, float group) { return flushed_add(total, group); }
+  // An earlier total may be subnormal.
+  TNC_HD static float fold(float total, float group) { return flushed_add(flushed(total), group); }
 };
 template <>
 struct Arithmetic<Half> : PairedArithmetic<Half> {};

@@ -90,16 +90,16 @@ TNC_HD float operand(Half x) { return widen(x); }
 
 TNC_HD float signed_zero_of(float x) { return bits_as<float>(bits_as<uint32_t>(x) & 0x80000000u); }
 
-// A sum of two floats that lands below the normal range is exact: no rounding to think about.
-TNC_HD float flushed_add(float a, float b) {
-  const float r = a + b;
-  return (r < smallest_normal && r > -smallest_normal) ? signed_zero_of(r) : r;
+TNC_HD float flushed(float x) {
+  return (x < smallest_normal && x > -smallest_normal) ? signed_zero_of(x) : x;
 }
+
+// A sum of two floats that lands below the normal range is exact: no rounding to think about.
+TNC_HD float flushed_add(float a, float b) { return flushed(a + b); }
 
 TNC_HD float flushed_fused(float a, float b, float c) {
   const float r = fused(a, b, c);
-  if (r > smallest_normal || r < -smallest_normal || r != r) return r;
-  if (r < smallest_normal && r > -smallest_normal) return signed_zero_of(r);
+  if (r != smallest_normal && r != -smallest_normal) return flushed(r);
   // Exactly +-2^-126: did gradual underflow round up what 24 bits would have kept below it?
   // The products of 16-bit types have at most 22 bits, so the double sum is exact where it matters.
   const double exact = static_cast<double>(a) * static_cast<double>(b) + static_cast<double>(c);
@@ -110,7 +110,7 @@ TNC_HD float flushed_fused(float a, float b, float c) {
 template <class T>
 class PairedSum {
  public:
-  TNC_HD explicit PairedSum(float earlier = 0.0f) : total_(earlier) {}
+  TNC_HD explicit PairedSum(float earlier = 0.0f) : total_(flushed(earlier)) {}
 
   TNC_HD void step(T a, T b) {
     float& chain = (terms_ & 1) ? odd_ : even_;

@@ -129,7 +129,8 @@ class PlainSum {
     } else if constexpr (std::is_floating_point_v<T>) {
       total_ = total_ + x / static_cast<T>(count);
     } else {
-      add(static_cast<T>(static_cast<int64_t>(x) / count));
+      using Wide = std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>;
+      add(static_cast<T>(static_cast<Wide>(x) / static_cast<Wide>(count)));
     }
   }
   TNC_HD T result() const {
