@@ -56,10 +56,14 @@ void read_indices(const void* from, int64_t stride, int64_t count, I* __restrict
   const auto lane = [](int64_t index) {
     return index == static_cast<I>(index) ? static_cast<I>(index) : I(-1);
   };
+  // A hand-made index may be anything: subtract modulo 2^64.
+  const auto less = [](int64_t index, int64_t origin) {
+    return static_cast<int64_t>(static_cast<uint64_t>(index) - static_cast<uint64_t>(origin));
+  };
   if (base == 0 && step == 0 && stride == 1)
     for (int64_t i = 0; i < count; ++i) to[i] = lane(source[i]);
   else
-    for (int64_t i = 0; i < count; ++i) to[i] = lane(source[i * stride] - base - i * step);
+    for (int64_t i = 0; i < count; ++i) to[i] = lane(less(source[i * stride], base + i * step));
 }
 
 template <class L>
