@@ -46,6 +46,10 @@ std::string names_of(const Row* const* rows, int count) {
   return names;
 }
 std::string cpu_conv_rows() { return names_of(conv_rows, conv_row_count); }
+double cpu_fma_peak(StringHandle impl_handle, bool float64) {
+  const Name impl(impl_handle);
+  return fma_peak(float64 ? DType::float64 : DType::float32, impl.c_str());
+}
 std::string cpu_pool_rows() { return names_of(pool_rows, pool_row_count); }
 
 }  // namespace
@@ -86,6 +90,7 @@ STABLE_TORCH_LIBRARY(torch_naiveconv, m) {
   m.def("max_unpool_gather(Tensor grad_output, Tensor indices) -> Tensor");
   m.def("cpu_conv_rows() -> str");
   m.def("cpu_pool_rows() -> str");
+  m.def("cpu_fma_peak(str impl, bool float64) -> float");  // operations a second, all threads
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_naiveconv, CPU, m) { register_operators(m); }
@@ -93,6 +98,7 @@ STABLE_TORCH_LIBRARY_IMPL(torch_naiveconv, CPU, m) { register_operators(m); }
 STABLE_TORCH_LIBRARY_IMPL(torch_naiveconv, CompositeExplicitAutograd, m) {
   m.impl("cpu_conv_rows", TORCH_BOX(&cpu_conv_rows));
   m.impl("cpu_pool_rows", TORCH_BOX(&cpu_pool_rows));
+  m.impl("cpu_fma_peak", TORCH_BOX(&cpu_fma_peak));
 }
 
 }  // namespace torch_naiveconv

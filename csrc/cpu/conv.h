@@ -29,6 +29,9 @@ struct ConvRow {
   const char* name;
   bool (*can_run)();  // does this processor have what the row needs?
   bool (*run)(const ConvProblem&);
+  // Does multiply-adds on registers only, for the benchmark; returns how many operations. May be
+  // null.
+  double (*multiply_adds)(DType dtype, int64_t rounds);
 };
 
 // The rows, best first, naive last.
@@ -38,5 +41,9 @@ extern const int conv_row_count;
 // Runs the first row that takes the call, beginning with the one called `first` ("auto": the top).
 // Returns false if no row of that name can run here.
 bool run_conv(const ConvProblem& problem, const char* first);
+
+// Operations a second that the first row from `first` on with multiply_adds reaches on all threads;
+// 0 if there is none.
+double fma_peak(DType dtype, const char* first);
 
 }  // namespace torch_naiveconv

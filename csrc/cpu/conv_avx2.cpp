@@ -18,6 +18,7 @@ static bool can_run() {
 #include "vec_avx2.h"
 
 #include "conv_kernels.h"
+#include "fma_peak.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -25,7 +26,7 @@ static bool can_run() {
 
 namespace torch_naiveconv {
 extern const ConvRow conv_avx2;
-const ConvRow conv_avx2{"avx2", can_run, avx2::run};
+const ConvRow conv_avx2{"avx2", can_run, avx2::run, avx2::multiply_adds};
 }  // namespace torch_naiveconv
 
 #endif

@@ -21,6 +21,7 @@ static bool can_run() {
 #include "vec_avx512.h"
 
 #include "conv_kernels.h"
+#include "fma_peak.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -28,7 +29,7 @@ static bool can_run() {
 
 namespace torch_naiveconv {
 extern const ConvRow conv_avx512;
-const ConvRow conv_avx512{"avx512", can_run, avx512::run};
+const ConvRow conv_avx512{"avx512", can_run, avx512::run, avx512::multiply_adds};
 }  // namespace torch_naiveconv
 
 #endif

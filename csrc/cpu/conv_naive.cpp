@@ -104,6 +104,6 @@ bool run(const ConvProblem& p) {
 }  // namespace
 
 extern const ConvRow conv_naive;
-const ConvRow conv_naive{"naive", [] { return true; }, run};
+const ConvRow conv_naive{"naive", [] { return true; }, run, nullptr};
 
 }  // namespace torch_naiveconv
