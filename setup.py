@@ -32,6 +32,14 @@ SPEED = [
     "-fno-trapping-math",  # compares may become blends; nobody reads the exception flags
 ]
 
+WARNINGS = [
+    "-Wall",
+    "-Wextra",
+    "-Wno-uninitialized",  # GCC 12 finds some in its own AVX-512 headers
+    "-Wno-maybe-uninitialized",
+    "-Wno-unused-parameter",  # and torch's stable headers have a few of these
+]
+
 
 def kernel_flags(machine: str) -> list[str]:
     """What the kernels need on a processor; tools/other_processors.py builds with them too."""
@@ -48,7 +56,7 @@ def cpu_library() -> CppExtension:
     return CppExtension(
         "torch_naiveconv._cpu",
         ["csrc/ops.cpp", *relative("csrc/cpu/*.cpp")],
-        extra_compile_args=[*STABLE_ABI, *kernel_flags(platform.machine()), "-Wall", "-Wextra"],
+        extra_compile_args=[*STABLE_ABI, *kernel_flags(platform.machine()), *WARNINGS],
         depends=relative("csrc/**/*.h"),
         py_limited_api=True,
     )

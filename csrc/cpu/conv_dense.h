@@ -238,7 +238,7 @@ bool multiply_wide(const Images<S>& call, const Terms& table, int64_t group, con
         const V bias = V::broadcast(call.bias ? widened(call.bias[channel]) : T(0));
         for (int j = 0; j < vecs; ++j) {
           const V sum = V::load(total + (i * vecs + j) * L) + bias;
-          nan = nan | is_nan(sum);
+          nan = V::either(nan, is_nan(sum));
           S* const to = call.target + channel * call.target_stride[1] + position[v + j];
           if (pixel_stride == 1) {
             canonical(sum).store(to, pixels);

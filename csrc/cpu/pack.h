@@ -176,7 +176,7 @@ bool store_rows(const T* total, int64_t rows, int vecs, int lanes, const T* bias
     for (int64_t r = 0; r < rows; ++r)
       for (int j = 0; j < lanes; j += L) {
         const V sum = V::load(total + r * pitch + j) + V::load(bias + j);
-        nan = nan | is_nan(sum);
+        nan = V::either(nan, is_nan(sum));
         if (j + L <= lanes)
           canonical(sum).store(dst + position[r] + j);
         else
@@ -198,13 +198,13 @@ bool store_rows(const T* total, int64_t rows, int vecs, int lanes, const T* bias
 #pragma GCC unroll 16
           for (int i = 0; i < L; ++i) {
             const V sum = V::load(from + i * pitch) + b;
-            nan = nan | is_nan(sum);
+            nan = V::either(nan, is_nan(sum));
             block[i] = canonical(sum);
           }
         } else {
           for (int i = 0; i < L; ++i) {
             const V sum = i < run ? V::load(from + i * pitch) + b : V::zero();
-            nan = nan | is_nan(sum);
+            nan = V::either(nan, is_nan(sum));
             block[i] = canonical(sum);
           }
         }
@@ -219,7 +219,7 @@ bool store_rows(const T* total, int64_t rows, int vecs, int lanes, const T* bias
         }
       } else {
         const V sum = V::load(from) + b;
-        nan = nan | is_nan(sum);
+        nan = V::either(nan, is_nan(sum));
         D row[L];
         canonical(sum).store(row);
         for (int i = 0; i < some; ++i) to[i * lane_stride] = row[i];

@@ -66,6 +66,7 @@ struct Vec<float> {
 
   friend TNC_INLINE Mask greater(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
   friend TNC_INLINE Mask is_nan(Vec a) { return _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q); }
+  static TNC_INLINE Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
   static TNC_INLINE bool any(Mask m) { return _mm256_movemask_ps(m) != 0; }
   static TNC_INLINE Vec select(Mask m, Vec yes, Vec no) {
     return {_mm256_blendv_ps(no.v, yes.v, m)};
@@ -139,6 +140,7 @@ struct Vec<double> {
 
   friend TNC_INLINE Mask greater(Vec a, Vec b) { return _mm256_cmp_pd(a.v, b.v, _CMP_GT_OQ); }
   friend TNC_INLINE Mask is_nan(Vec a) { return _mm256_cmp_pd(a.v, a.v, _CMP_UNORD_Q); }
+  static TNC_INLINE Mask either(Mask a, Mask b) { return _mm256_or_pd(a, b); }
   static TNC_INLINE bool any(Mask m) { return _mm256_movemask_pd(m) != 0; }
   static TNC_INLINE Vec select(Mask m, Vec yes, Vec no) {
     return {_mm256_blendv_pd(no.v, yes.v, m)};

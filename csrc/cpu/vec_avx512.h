@@ -51,6 +51,7 @@ struct Vec<float> {
 
   friend TNC_INLINE Mask greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
   friend TNC_INLINE Mask is_nan(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
+  static TNC_INLINE Mask either(Mask a, Mask b) { return static_cast<Mask>(a | b); }
   static TNC_INLINE bool any(Mask m) { return m != 0; }
   static TNC_INLINE Vec select(Mask m, Vec yes, Vec no) {
     return {_mm512_mask_blend_ps(m, no.v, yes.v)};
@@ -130,6 +131,7 @@ struct Vec<double> {
 
   friend TNC_INLINE Mask greater(Vec a, Vec b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ); }
   friend TNC_INLINE Mask is_nan(Vec a) { return _mm512_cmp_pd_mask(a.v, a.v, _CMP_UNORD_Q); }
+  static TNC_INLINE Mask either(Mask a, Mask b) { return static_cast<Mask>(a | b); }
   static TNC_INLINE bool any(Mask m) { return m != 0; }
   static TNC_INLINE Vec select(Mask m, Vec yes, Vec no) {
     return {_mm512_mask_blend_pd(m, no.v, yes.v)};

@@ -6,7 +6,7 @@
 //   store                  store(p, n) writes the first n only
 //   load(const Half*), store(BFloat16*) ...   exact widening; one rounding to nearest even
 //   fma(a, b, c)           one rounding of a * b + c
-//   Mask                   greater, is_nan, first(n), select(mask, yes, no), any(mask)
+//   Mask                   greater, is_nan, first(n), select(mask, yes, no), either(a, b), any(mask)
 //   canonical              every NaN becomes the canonical one
 //   permute(lane)          result[i] = this[lane[i]]
 //   transpose(r)           lanes x lanes
@@ -87,6 +87,7 @@ struct Vec {
 
   friend TNC_INLINE Mask greater(Vec a, Vec b) { return a.v > b.v; }
   friend TNC_INLINE Mask is_nan(Vec a) { return a.v != a.v; }
+  static TNC_INLINE Mask either(Mask a, Mask b) { return a | b; }
   static TNC_INLINE bool any(Mask m) {
     bool found = false;
     for (int i = 0; i < lanes; ++i) found |= m[i] != 0;
