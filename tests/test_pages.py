@@ -411,6 +411,10 @@ def test_mouse_touch_and_keyboard(show):
     assert chosen(browser).startswith("grad_w[1, 1]")
     click(browser, '[data-tensor="input"] .cell[data-index="0"]')  # padding has no gradient
     assert "padding" in browser.execute_script("return document.getElementById('now').textContent")
+    click(browser, '#tabs [data-key="all"]')
+    assert browser.execute_script("return document.querySelectorAll('figure').length") == 8
+    click(browser, '[data-tensor="grad_bias"] .cell')
+    assert chosen(browser).startswith("grad_bias[0]")
 
     browser = show([CASES["conv2d"].scene], width=390, height=844)
     browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
@@ -485,6 +489,7 @@ def explain(tmp_path, *arguments):
         "conv_transpose2d --input 2x3x3 --kernel 3 --stride 2 --groups 2 --filters 4",
         "max_pool2d --input 5x5 --kernel 3x2 --stride 2 --padding 1 --ceil-mode",
         "max_pool1d --input 6 --kernel 2 --input-values 1,nan,3,3,inf,-1",
+        "conv1d --input 4 --kernel 3 --padding 1 --input-values 1,nan,inf,-0.0",
     ],
 )
 def test_command(tmp_path, arguments):
@@ -513,6 +518,10 @@ def test_values_from_files(tmp_path):
         ("conv2d --input 5 --kernel 3", "too few sizes"),
         ("conv2d --input 3x5x5 --kernel 3 --groups 2", "must divide"),
         ("conv2d --input 64x64 --kernel 15", "steps, more than"),
+        ("conv2d --input 5x5 --kernel 3 --ceil-mode", "has no --ceil-mode"),
+        ("max_pool2d --input 5x5 --kernel 3 --groups 2", "has no --groups"),
+        ("conv2d --input 0x1x5x5 --kernel 3", "has an empty axis"),
+        ("conv2d --input 5x5 --kernel 3 --stride 0", "stride must be"),
     ],
 )
 def test_command_errors(tmp_path, capsys, arguments, message):
@@ -520,7 +529,7 @@ def test_command_errors(tmp_path, capsys, arguments, message):
     assert status == 2 and message in capsys.readouterr().out and not path.exists()
 
 
-def test_pictures(tmp_path):
+def test_pictures(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (the extra `plots`)")
     image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (the extra `plots`)")
     arguments = ["conv2d", "--input", "3x3", "--kernel", "2", "--view", "output"]
@@ -529,3 +538,6 @@ def test_pictures(tmp_path):
         assert cli.main(["explain", *arguments, "-o", str(path)]) == 0
         with image.open(path) as picture:
             assert getattr(picture, "n_frames", 1) == frames and picture.width > 300
+    path = tmp_path / "none.png"
+    assert cli.main(["explain", *arguments, "--element", "4", "-o", str(path)]) == 2
+    assert "--element 4 is not an element of output" in capsys.readouterr().out

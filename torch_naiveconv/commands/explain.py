@@ -22,10 +22,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import functional as F
 from ..pages import trace
 from ..pages.page import page
 
 FUNCTIONS = [f"{kind}{d}d" for kind in ("conv", "conv_transpose", "max_pool") for d in (1, 2, 3)]
+# What the other families of functions know, and its default.
+FOREIGN: dict[str, dict[str, Any]] = {
+    "conv": {"ceil_mode": False, "output_padding": [0]},
+    "conv_transpose": {"ceil_mode": False},
+    "max_pool": {
+        "filters": None,
+        "groups": 1,
+        "no_bias": False,
+        "output_padding": [0],
+        "weight_values": "random",
+        "bias_values": "random",
+    },
+}
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -102,7 +116,12 @@ def scenes(arguments: Any) -> list[trace.Scene]:
     dims = int(a.function[-2])
     if not dims <= len(a.input) <= dims + 2:
         raise ValueError(f"--input {'x'.join(map(str, a.input))} has too many or too few sizes")
+    for name, default in FOREIGN[a.function[:-2]].items():
+        if getattr(a, name) != default:
+            raise ValueError(f"{a.function} has no --{name.replace('_', '-')}")
     shape = [1] * (dims + 2 - len(a.input)) + a.input
+    if min(shape) < 1:
+        raise ValueError(f"--input {'x'.join(map(str, a.input))} has an empty axis")
     dtype = DTYPES[a.dtype]
     input = values("input", a.input_values, shape, dtype, a.seed)
     kernel = a.kernel * dims if len(a.kernel) == 1 else a.kernel
@@ -113,7 +132,7 @@ def scenes(arguments: Any) -> list[trace.Scene]:
     common = {"padding": a.padding, "dilation": a.dilation}
     if a.function.startswith("max_pool"):
         options = {"kernel_size": kernel, "stride": a.stride, "ceil_mode": a.ceil_mode, **common}
-        function = getattr(trace.F, a.function)
+        function = getattr(F, a.function)
         grad = grad_like(function(input, **options))
         variants = {"as given": input, "with a tie": input.clone(), "with a NaN": input.clone()}
         taps = first_window(input, **options)
@@ -138,7 +157,7 @@ def scenes(arguments: Any) -> list[trace.Scene]:
         scene = trace.conv
     weight = values("weight", a.weight_values, weight_shape, dtype, a.seed)
     bias = None if a.no_bias else values("bias", a.bias_values, [filters], dtype, a.seed)
-    output = getattr(trace.F, a.function)(input, weight, bias, **common)
+    output = getattr(F, a.function)(input, weight, bias, **common)
     return [scene(input, weight, bias, grad_like(output), **simple(common))]
 
 
@@ -156,8 +175,8 @@ def simple(options: dict[str, Any]) -> dict[str, Any]:
 def first_window(input: Tensor, **options: Any) -> list[int]:
     """Flat positions of the inputs in the middle window of the first plane."""
     marked = torch.zeros_like(input)
-    output = trace.F.max_pool_grad_input  # a gradient of 1 for every tie finds the whole window
-    pooled = getattr(trace.F, f"max_pool{input.dim() - 2}d")(marked, **options)
+    output = F.max_pool_grad_input  # a gradient of 1 for every tie finds the whole window
+    pooled = getattr(F, f"max_pool{input.dim() - 2}d")(marked, **options)
     grad = torch.zeros_like(pooled)
     plane = grad[0, 0].view(-1)
     plane[plane.numel() // 2] = 1
@@ -170,15 +189,18 @@ def run(arguments: Any) -> int:
     path = arguments.output or Path(f"{arguments.function}.{kind}")
     try:
         shown = scenes(arguments)
+        if kind == "html":
+            path.write_text(page(shown), encoding="utf-8")
+        else:
+            from ..pages import pictures  # matplotlib is an extra
+
+            draw = pictures.save_png if kind == "png" else pictures.save_gif
+            draw(shown[0], path, arguments.view, arguments.element)
+    except ImportError as error:
+        print(f'explain: pictures need more: {error}; pip install "torch_naiveconv[plots]"')
+        return 2
     except (ValueError, TypeError, OSError) as error:
         print(f"explain: {error}")
         return 2
-    if kind == "html":
-        path.write_text(page(shown), encoding="utf-8")
-    else:
-        from ..pages import pictures  # matplotlib is an extra
-
-        draw = pictures.save_png if kind == "png" else pictures.save_gif
-        draw(shown[0], path, arguments.view, arguments.element)
     print(f"{path}: {shown[0]['call']}")
     return 0

@@ -156,7 +156,7 @@ function stepText(step) {
     case "skip":
       return view().kind === "scan"
         ? { who: nameText(a, step[1]), what: "padding: not looked at", so: "", kind: "" }
-        : { who: nameText(b, step[2]), what: "meets no output, adds nothing", so: "", kind: "" };
+        : { who: nameText(b, step[2]), what: `meets no ${a.replace("grad_", "")}, adds nothing`, so: "", kind: "" };
     case "look": {
       const leads = step[1] === step[2];
       return {
@@ -206,7 +206,10 @@ function story() {
   if (view().kind === "route")
     return `${plural(count("add") + count("pass"), "window")} saw this input, ${count("add")} chose it.`;
   const groups = ` in ${plural(cuts, "group")}`;
-  if (skipped) return `It fed ${plural(terms, "output")}; ${plural(skipped, "tap")} met none. ${terms + skipped} numbered terms${groups}.`;
+  if (skipped) {
+    const met = operands()[0] === "input" ? `${plural(terms, "input")} reached it` : `It fed ${plural(terms, "output")}`;
+    return `${met}; ${plural(skipped, "tap")} met none. ${terms + skipped} numbered terms${groups}.`;
+  }
   return `${plural(terms, "term")}${groups}${view().samples > 1 ? ", cut at every sample" : ""}.`;
 }
 
@@ -233,7 +236,15 @@ const HELP = {
 function helpText() {
   const family = scene().function.replace(/\d.*/, "");
   const texts = HELP[family];
+  if (state.view === "all") return "Choose any number to see where it comes from, or what it fed.";
   return texts[state.view] ?? `${texts.grad} Here ${view().rule}.`;
+}
+
+// The two tabs without a sum: which grids they show.
+function gridsOf(key) {
+  if (key === "all") return Object.keys(scene().tensors);
+  const rules = ["first", ...scene().compare.others];
+  return ["input", "grad_output", "article", ...rules.map((rule) => "grad_input_" + rule)];
 }
 
 // ---- render ------------------------------------------------------------------------------------
@@ -256,6 +267,7 @@ function drawChoices() {
   const rules = scene().views.filter((v) => v.rule);
   const tabs = scene().views.filter((v) => !v.rule).map((v) => [v.key, v.label]);
   if (rules.length) tabs.push(["grad_input_" + state.rule, "Input's gradient"], ["compare", "Tie rules, and the article"]);
+  else tabs.push(["all", "All at once"]);
   drawButtons(at("scenes"), SCENES.map((s, i) => [i, s.title]), (i) => i === state.scene, (i) => setScene(i));
   drawButtons(at("tabs"), tabs, (key) => key === state.view, (key) => setView(key, firstElement(key)), "tab");
   const choices = rules.map((v) => [v.key, "ties = " + v.key.replace("grad_input_", "")]);
@@ -270,7 +282,7 @@ function firstElement(key) {
 function setScene(index) {
   pause();
   state.scene = index;
-  setView(state.view, state.view === "compare" ? 0 : state.element);
+  setView(state.view, state.element);
 }
 
 function setView(key, element) {
@@ -278,19 +290,17 @@ function setView(key, element) {
   state.view = key;
   if (isGradient(key)) state.rule = key.replace("grad_input_", "");
   const result = viewOf(key)?.result;
-  const names = key === "compare"
-    ? ["input", "grad_output", "article", "grad_input_first", ...scene().compare.others.map((r) => "grad_input_" + r)]
-    : [...view().operands, result];
+  const names = result ? [...view().operands, result] : gridsOf(key);
   at("figures").replaceChildren(...names.map((name) => drawTensor(name, name === result)));
   at("figures").dataset.view = key;
   drawChoices();
   at("call").textContent = scene().call;
   at("facts").textContent = scene().facts.join("\n") + ` · ${scene().dtype}`;
   at("help").textContent = helpText();
-  document.querySelector("main").classList.toggle("wide", key === "compare");
-  at("bar").hidden = at("sum").hidden = key === "compare";
-  if (key === "compare") drawCompare();
-  else setElement(element);
+  document.querySelector("main").classList.toggle("wide", !result);
+  at("bar").hidden = at("sum").hidden = !result;
+  if (result) setElement(element);
+  else if (key === "compare") drawCompare();
 }
 
 function drawCompare() {
@@ -400,7 +410,7 @@ function reveal(cell) {
 // A number anywhere leads to the view in which it is the result.
 function choose(name, index) {
   pause();
-  const current = state.view !== "compare" && view().result === name;
+  const current = view()?.result === name;
   let key = state.view;
   if (!current) {
     const pool = "compare" in scene();
@@ -447,7 +457,7 @@ at("figures").addEventListener("keydown", (event) => {
     const h = Math.floor(index / W) % H + down, w = (index % W) + right;
     if (h < 0 || h >= H || w < 0 || w >= W) return;
     const target = index + down * W + right;
-    if (state.view !== "compare" && view().result === name && view().steps[target]) choose(name, target);
+    if (view()?.result === name && view().steps[target]) choose(name, target);
     else focusCell(grids[name][target]);
   }
 });
@@ -457,7 +467,7 @@ at("figures").addEventListener("keydown", (event) => {
 function pause() {
   if (state.timer !== null) clearTimeout(state.timer);
   state.timer = null;
-  if (state.view !== "compare" && at("play").textContent.includes("pause")) render();
+  if (view() && at("play").textContent.includes("pause")) render();
 }
 
 function nextElement() {
@@ -505,7 +515,7 @@ at("play").addEventListener("click", () => (state.timer === null ? play() : paus
 const KEYS = { p: "play", ",": "back", ".": "next", Home: "first", End: "last" };
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.tagName === "SELECT") return;
-  if (state.view !== "compare" && event.key in KEYS) {
+  if (view() && event.key in KEYS) {
     event.preventDefault();
     at(KEYS[event.key]).click();
   }
