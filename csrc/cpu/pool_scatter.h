@@ -360,7 +360,6 @@ class Scatter {
   static RowKernel row_kernel(int64_t stride, int64_t kernel) {
     if (stride == 1 && kernel == 2) return scatter_row<1, 2, flat, L>;
     if (stride == 1 && kernel == 3) return scatter_row<1, 3, flat, L>;
-    if (stride == 1 && kernel == 5) return scatter_row<1, 5, flat, L>;
     if (stride == 2 && kernel == 2) return scatter_row<2, 2, flat, L>;
     if (stride == 2 && kernel == 3) return scatter_row<2, 3, flat, L>;
     if (stride == 4 && kernel == 4) return scatter_row<4, 4, flat, L>;
