@@ -90,6 +90,8 @@ def cuda_library() -> Extension | None:
             raise SystemExit("FORCE_CUDA=1, but there is no nvcc: set CUDA_HOME to the toolkit")
         return None
     cpp_extension.CUDA_HOME = home
+    # Nothing of torch's CUDA is linked or included, so the toolkit may be of another version.
+    cpp_extension._check_cuda_version = lambda *_: None
     if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
         os.environ["TORCH_CUDA_ARCH_LIST"] = ARCHITECTURES
     library = Path(home, "lib64") if Path(home, "lib64").exists() else Path(home, "lib")

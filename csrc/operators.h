@@ -264,8 +264,8 @@ std::tuple<Tensor, Tensor> max_pool(const Tensor& input_any, const Ints& kernel_
 
 // How `index` records the choices: flat positions (int64), offsets, or the pooled input itself.
 // Returns the tensor as the kernels read it.
-Tensor set_index(PoolProblem& problem, const Tensor& index_any, const Tensor& like, const Name& ties,
-                 const Ints& expected_size) {
+Tensor set_index(PoolProblem& problem, const Tensor& index_any, const Tensor& like,
+                 const Name& ties, const Ints& expected_size) {
   check_device(index_any, like);
   problem.ties = ties_of(ties);
   const Tensor index = dense(index_any);
@@ -300,8 +300,8 @@ Tensor max_pool_scatter(const Tensor& grad_any, const Tensor& index_any, const I
                    sizes_of(grad_output, 2), kernel_size, stride, padding, dilation);
   const Ints sizes = pooled_size(grad_output, input_size);
   const bool by_value = ties_of(ties) > Ties::last;
-  const Tensor index = set_index(problem, index_any, grad_output, ties,
-                                 by_value ? sizes : sizes_of(grad_output, 0));
+  const Tensor index =
+      set_index(problem, index_any, grad_output, ties, by_value ? sizes : sizes_of(grad_output, 0));
   Tensor grad_input = new_tensor(grad_output, sizes, is_channels_last(grad_output));
   if (grad_input.numel() == 0) return grad_input;
   problem.input = view_of(grad_input);

@@ -350,8 +350,7 @@ struct FoldGroups {
   }
 };
 
-// ---- which kernel
-// --------------------------------------------------------------------------------
+// ---- which kernel ------------------------------------------------------------------------------
 
 // Calls visit with width and stride where there is an unrolled kernel for them, else with 0 and 1.
 template <class T, class Visit>

@@ -13,8 +13,8 @@ namespace {
 const CudaConvRow* const conv_rows[] = {&cuda_conv_depthwise, &cuda_conv_tiled, &cuda_conv_naive};
 const CudaPoolRow* const pool_rows[] = {&cuda_pool_quads, &cuda_pool_naive};
 
-// The one function needed of torch's own CUDA library, which a torch to build with may lack. It is in
-// the process already where torch has CUDA.
+// The one function needed of torch's own CUDA library. A torch to build with may lack that library;
+// where torch has CUDA it is in the process already.
 using CurrentStream = AOTITorchError (*)(int32_t device_index, void** stream);
 CurrentStream current_stream() {
   static const auto function = []() -> CurrentStream {

@@ -10,10 +10,12 @@
 namespace torch_naiveconv {
 
 // Few tiles of a long reduction do not fill a device: their groups are then dealt to more blocks.
+// The workspace costs a write and a read of each group's value, so it is kept small enough for a
+// cache.
 struct SplitRule {
-  int64_t few_blocks = 264;
+  int64_t few_blocks = 160;
   int64_t wanted_blocks = 528;
-  int64_t workspace_bytes = int64_t{64} << 20;
+  int64_t workspace_bytes = int64_t{32} << 20;
 };
 
 // Do the lanes 4 i to 4 i + 3 always lie side by side in C, aligned as one access wants them?
@@ -103,6 +105,8 @@ struct Tiles<double> {
   using Thin = Flat;
 };
 
+constexpr int64_t enough_large = 264;  // fewer large tiles would leave many processors idle
+
 template <class T, class Launcher>
 void launch_best_tiles(const ConvProblem& p, Launcher& launcher) {
   const SplitRule rule;
@@ -117,7 +121,7 @@ void launch_best_tiles(const ConvProblem& p, Launcher& launcher) {
     launch_tiles<typename Tiles<T>::Thin>(p, rule, launcher);
   else if (rows <= Tiles<T>::Flat::rows)
     launch_tiles<typename Tiles<T>::Flat>(p, rule, launcher);
-  else if (rows > Large::rows / 2 && large >= rule.few_blocks)
+  else if (rows > Large::rows / 2 && large >= enough_large)
     launch_tiles<Large>(p, rule, launcher);
   else
     launch_tiles<typename Tiles<T>::Medium>(p, rule, launcher);

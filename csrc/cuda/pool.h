@@ -221,8 +221,7 @@ struct PoolScatter {
   }
 };
 
-// ---- max-unpooling
-// -------------------------------------------------------------------------------
+// ---- max-unpooling -----------------------------------------------------------------------------
 
 // The last writer of a position owns it. First every input offers its number to the position that
 // it names (a maximum, so the order of the offers does not matter), then values are copied. An
@@ -288,8 +287,7 @@ struct UnpoolClear {
   TNC_HD void operator()(int64_t flat) const { owner[flat] = -1; }
 };
 
-// ---- which kernel
-// --------------------------------------------------------------------------------
+// ---- which kernel ------------------------------------------------------------------------------
 
 // Returns false to decline.
 template <class Launcher>

@@ -211,8 +211,7 @@ TNC_COLD void settle_nan(const TileLaunch& launch, const Phase& phase, int group
                          static_cast<const T*>(p.bias), n, channel, i[0], i[1], i[2]);
 }
 
-// ---- the kernel
-// ----------------------------------------------------------------------------------
+// ---- the kernel --------------------------------------------------------------------------------
 
 template <class Config>
 struct TileKernel {

@@ -96,9 +96,27 @@ bool agrees(std::istream& in) {
   }
 }
 
+bool divider_is_exact() {
+  constexpr int64_t most = (int64_t{1} << 31) - 1;
+  std::mt19937 random(1);
+  for (int64_t trial = 1; trial < 20000; ++trial) {
+    const int64_t d = trial < 1000 ? trial : 1 + static_cast<int64_t>(random()) % (most - 1);
+    const Divider divider(d);
+    const int64_t any = static_cast<int64_t>(random()) % (most + 1);
+    for (const int64_t n : {int64_t{0}, d - 1, d, any, any / d * d, any / d * d + d - 1,
+                            most / d * d - 1, most / d * d, most - 1, most})
+      if (n <= most && divider.quotient(static_cast<uint32_t>(n)) != n / d) {
+        std::printf("%ld / %ld\n", static_cast<long>(n), static_cast<long>(d));
+        return false;
+      }
+  }
+  return true;
+}
+
 }  // namespace
 }  // namespace torch_naiveconv
 
 int main() {
+  if (!torch_naiveconv::divider_is_exact()) return 1;
   return torch_naiveconv::run_cases([](std::istream& in) { return torch_naiveconv::agrees(in); });
 }
