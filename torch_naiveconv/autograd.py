@@ -25,12 +25,12 @@ Ints = list[int]
 _MISSING = (None, None)
 
 
-_functorch_level = torch._C._functorch.peek_interpreter_stack
+_transforming = torch._C._are_functorch_transforms_active
 
 
 def transforms_active() -> bool:
     """Is a torch.func transform or a forward-mode level active?"""
-    return _functorch_level() is not None or forward_ad._current_level >= 0
+    return _transforming() or forward_ad._current_level >= 0
 
 
 class _Rules(torch.autograd.Function):
@@ -490,22 +490,39 @@ class MaxUnpoolGather(_IndexedMap):
 # ---- the differentiable functions, with the operators' signatures ------------------------------
 
 
+def _beyond_compilers() -> bool:
+    """Is a transform active that a compiler would trace through an operator without its rule?"""
+    kinds = torch._C._functorch.TransformType
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() in (kinds.Grad, kinds.Jvp) for level in stack)
+
+
+# torch.compiler.assume_constant_result, which sets this, would import the compiler.
+_beyond_compilers._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _differentiable(rules: type[_Rules]) -> Callable[..., Any]:
     """The operator of a rule set, called in the way that the moment asks for.
 
-    On the shortest road, since a small call costs what it takes to get there: past the signature
-    inspection of ``Function.apply`` and the Python frame of ``OpOverload.__call__``.
+    On the shortest road, since a small call costs what it takes to get there: names bound once, past
+    the signature inspection of ``Function.apply`` and the frame of ``OpOverload.__call__``.
     """
     op, tensors = rules.op, rules.tensors
     run, below_autograd = op._op, ops.below_autograd
     apply = super(torch.autograd.Function, rules).apply  # type: ignore[misc]
+    is_compiling, is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if is_compiling():
+            if _beyond_compilers():
+                raise RuntimeError(
+                    "torch_naiveconv: torch.compile cannot trace torch.func.grad, vjp, jvp and what "
+                    "is made of them: use torch.autograd.grad, or transform without compiling"
+                )
             return op(*args)
         if transforms_active():
             return rules.apply(*args)
-        if torch.is_grad_enabled():
+        if is_grad_enabled():
             for arg in args[:tensors]:
                 if arg is not None and arg.requires_grad:
                     return apply(*args)
