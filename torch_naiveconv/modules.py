@@ -214,9 +214,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def convert(model: Model, *, back: bool = False) -> Model:
     """Exchange every convolution and max-pooling layer of a model, in place.
 
-    Layers keep their parameters, hooks and identity: only their class changes; parametrized layers
-    (``weight_norm``) and lazy ones are exchanged too. Subclasses of torch's layers that other packages
-    define are left alone, since they may compute something else.
+    Layers keep their parameters, hooks and identity: only their class changes. Parametrized layers
+    (``weight_norm``) and lazy ones are exchanged too. Subclasses of torch's layers that other
+    packages define are left alone: they may compute something else.
 
     Args:
         model: any module; itself a layer or a container of layers.
