@@ -4,10 +4,10 @@ conv, conv_grad_input and conv_grad_weight are each bilinear, and the derivative
 the other two; gather and scatter of pooling are each other's derivative. So a handful of functions
 gives every order of derivative.
 
-Each rule set is an ``autograd.Function`` (eager mode, ``torch.func`` transforms, forward mode) and
-is also registered with the dispatcher (``torch.compile``, ``torch.export``). ``_differentiable``
-makes the functions at the end, which choose; they have the signatures of the operators in
-``ops.py``: call them, not the operators.
+Each rule set is an ``autograd.Function`` that is the operator's kernel for the dispatcher's Autograd
+key, so compilers, ``torch.func`` and direct calls of an operator get the same derivatives. Eager calls
+take a shorter road (``_differentiable``) to the functions at the end, which have the signatures of the
+operators in ``ops.py``; call those, not the operators.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from . import ops
@@ -33,6 +34,24 @@ def transforms_active() -> bool:
     return _functorch_level() is not None or forward_ad._current_level >= 0
 
 
+LIBRARY = torch.library.Library("torch_naiveconv", "FRAGMENT")
+
+
+def _apply(rules: type[_Rules]) -> Callable[..., Any]:
+    """The ``apply`` of a rule set without torch.func's part, and its inspection of signatures."""
+    return super(torch.autograd.Function, rules).apply  # type: ignore[misc]
+
+
+def _autograd_kernel(rules: type[_Rules]) -> Callable[..., Any]:
+    apply = _apply(rules)
+
+    def kernel(*args: Any) -> Any:
+        with enable_single_level_autograd_function():  # torch.func calls this once for each level
+            return apply(*args)
+
+    return kernel
+
+
 class _Rules(torch.autograd.Function):
     """What all rule sets share; `tensors` is the number of leading Tensor (or None) arguments."""
 
@@ -41,23 +60,26 @@ class _Rules(torch.autograd.Function):
 
     @classmethod
     def forward(cls, *args: Any) -> Any:
-        with ops.below_autograd():
-            return cls.op._op(*args)
+        if _functorch_level() is None:
+            with ops.below_autograd():
+                return cls.op._op(*args)
+        # Other levels of torch.func lie below this one, and differentiate too.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), ops.below_autograd():
+            return cls.op(*args)
 
     @staticmethod
     def register(cls: type[_Rules]) -> type[_Rules]:
-        torch.library.register_autograd(
-            cls.op._schema.name, cls.backward, setup_context=cls.setup_context
-        )
+        # Not torch.library.register_autograd: its kernel drops the tangents of forward mode.
+        LIBRARY.impl(cls.op._schema.name, _autograd_kernel(cls), "Autograd")
         torch.library.register_vmap(cls.op._schema.name, cls.vmap)
         return cls
 
     @classmethod
     def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        saved = inputs[: cls.tensors]
+        saved = [arg for arg in inputs if arg is None or isinstance(arg, Tensor)]
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
-        ctx.arguments = inputs[cls.tensors :]
+        ctx.arguments = inputs[len(saved) :]
 
     @classmethod
     def pad(cls, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -493,20 +515,19 @@ class MaxUnpoolGather(_IndexedMap):
 def _differentiable(rules: type[_Rules]) -> Callable[..., Any]:
     """The operator of a rule set, called in the way that the moment asks for.
 
-    On the shortest road, since a small call costs what it takes to get there: past the signature
-    inspection of ``Function.apply`` and the Python frame of ``OpOverload.__call__``.
+    By the shortest road, since a small call costs what it takes to get there: names bound once,
+    past the signature inspection of ``Function.apply`` and the frame of ``OpOverload.__call__``.
     """
-    op, tensors = rules.op, rules.tensors
+    op = rules.op
     run, below_autograd = op._op, ops.below_autograd
-    apply = super(torch.autograd.Function, rules).apply  # type: ignore[misc]
+    apply, leading = _apply(rules), slice(rules.tensors)
+    is_compiling, is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if is_compiling() or transforms_active():
             return op(*args)
-        if transforms_active():
-            return rules.apply(*args)
-        if torch.is_grad_enabled():
-            for arg in args[:tensors]:
+        if is_grad_enabled():
+            for arg in args[leading]:
                 if arg is not None and arg.requires_grad:
                     return apply(*args)
         with below_autograd():

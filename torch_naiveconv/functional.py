@@ -130,10 +130,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def _remembered(function: Function) -> Function:
     """lru_cache for argument checks, stepping aside for lists, symbolic sizes and compilers."""
     cached = lru_cache(maxsize=4096)(function)
+    is_compiling = torch.compiler.is_compiling
 
     @wraps(function)
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return function(*args)
         try:
             return cached(*args)
@@ -327,29 +328,29 @@ def _check_alike(name: str, t: Any, like_name: str, like: Tensor) -> None:
 
 
 NUMBERS = (*FLOATS, *INTEGERS, *COMPLEX)
+STRIDED = torch.strided
 
 
-def _check_conv_tensors(dims: int, input: Any, weight: Any, bias: Any, channels_at: int) -> None:
+def _check_conv_tensors(dims: int, input: Any, weight: Any, bias: Any, filters: bool) -> None:
     """Types, ranks and devices; the common case is one comparison each."""
-    if (
+    if not (
         type(input) is Tensor
         and isinstance(weight, Tensor)
-        and input.dtype is weight.dtype
-        and input.dtype in FLOATS
+        and (dtype := input.dtype) is weight.dtype
+        and dtype in FLOATS
         and input.device == weight.device
         and weight.dim() == dims + 2
-        and dims + 1 <= input.dim() <= dims + 2
-        and input.layout is weight.layout is torch.strided
+        and weight.dim() - input.dim() in (0, 1)
+        and input.layout is weight.layout is STRIDED
     ):
-        pass
-    else:
         _check_tensor("input", input, (dims + 1, dims + 2), NUMBERS)
         _check_tensor("weight", weight, (dims + 2,), NUMBERS)
         _check_alike("weight", weight, "input", input)
     if bias is not None:
-        _check_tensor("bias", bias, (1,), NUMBERS)
+        if not (isinstance(bias, Tensor) and bias.dim() == 1 and bias.layout is STRIDED):
+            _check_tensor("bias", bias, (1,), NUMBERS)
         _check_alike("bias", bias, "input", input)
-        if channels_at == 0 and bias.shape[0] != weight.shape[0]:
+        if filters and bias.shape[0] != weight.shape[0]:
             raise ValueError(
                 f"bias has {bias.shape[0]} elements, but weight has {weight.shape[0]} filters: "
                 "pass one bias per filter"
@@ -368,8 +369,16 @@ def _row(kind: str, impl: str | None, device: torch.device) -> str:
     return impl
 
 
+_is_autocast_enabled = torch.is_autocast_enabled
+
+
 def _autocast_enabled(t: Any) -> bool:
-    return isinstance(t, Tensor) and torch.is_autocast_enabled("cpu" if t.is_cpu else t.device.type)
+    if not isinstance(t, Tensor):
+        return False
+    if t.is_cpu:
+        return _is_autocast_enabled("cpu")
+    device = t.device.type
+    return torch.amp.is_autocast_available(device) and _is_autocast_enabled(device)
 
 
 def _autocast(*tensors: Any) -> Any:
@@ -428,22 +437,23 @@ def _conv(
 ) -> Tensor:
     if _autocast_enabled(input):
         input, weight, bias = _autocast(input, weight, bias)
-    _check_conv_tensors(dims, input, weight, bias, 0)
+    _check_conv_tensors(dims, input, weight, bias, True)
     row = "auto" if impl is None else _row("conv", impl, input.device)
     batched = input.dim() == dims + 2
     if not batched:
         input = input.unsqueeze(0)
-    geometry = _conv_geometry(dims, input.shape, weight.shape, stride, padding, dilation, groups)
+    stride, padding, dilation = _conv_geometry(
+        dims, input.shape, weight.shape, stride, padding, dilation, groups
+    )
     if padding_mode != "zeros":
-        input = _pad(input, geometry[1], padding_mode)
-        geometry = (geometry[0], [0] * (2 * dims), geometry[2])
-    run = _complex_conv if input.dtype in COMPLEX else autograd.conv
-    output = run(input, weight, bias, *geometry, groups, row)
+        input = _pad(input, padding, padding_mode)
+        padding = [0] * (2 * dims)
+    if input.is_complex():
+        arguments = (stride, padding, dilation, groups, row)
+        output = _by_parts(autograd.conv, input, weight, bias, arguments)
+    else:
+        output = autograd.conv(input, weight, bias, stride, padding, dilation, groups, row)
     return output if batched else output.squeeze(0)
-
-
-def _complex_conv(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
-    return _by_parts(autograd.conv, input, weight, bias, arguments)
 
 
 def _by_parts(
@@ -569,7 +579,7 @@ def _conv_transpose(
 ) -> Tensor:
     if _autocast_enabled(input):
         input, weight, bias = _autocast(input, weight, bias)
-    _check_conv_tensors(dims, input, weight, bias, 1)
+    _check_conv_tensors(dims, input, weight, bias, False)
     row = "auto" if impl is None else _row("conv", impl, input.device)
     batched = input.dim() == dims + 2
     if not batched:
@@ -582,7 +592,7 @@ def _conv_transpose(
             f"bias has {bias.shape[0]} elements, but weight (shape {tuple(weight.shape)}) with "
             f"groups={groups} makes {weight.shape[1] * groups} channels: pass one bias per channel"
         )
-    if input.dtype in COMPLEX:
+    if input.is_complex():
         output = _by_parts(autograd.conv_grad_input, input, weight, bias, (*geometry, groups, row))
     else:
         output = autograd.conv_grad_input(input, weight, bias, *geometry, groups, row)

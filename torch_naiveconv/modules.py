@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.parametrize import is_parametrized
 
 from . import functional as F
 
@@ -212,8 +214,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def convert(model: Model, *, back: bool = False) -> Model:
     """Exchange every convolution and max-pooling layer of a model, in place.
 
-    Layers keep their parameters, hooks and identity: only their class changes. Subclasses of
-    torch's layers that other packages define are left alone: they may compute something else.
+    Layers keep their parameters, hooks and identity: only their class changes. Parametrized layers
+    (``weight_norm``) and lazy ones are exchanged too. Subclasses of torch's layers that other
+    packages define are left alone: they may compute something else.
 
     Args:
         model: any module; itself a layer or a container of layers.
@@ -229,7 +232,12 @@ def convert(model: Model, *, back: bool = False) -> Model:
     """
     table = TORCHS if back else OURS
     for module in model.modules():
-        exchanged = table.get(type(module))
-        if exchanged is not None:
-            module.__class__ = exchanged
+        kind = type(module)
+        if kind in table:
+            module.__class__ = table[kind]
+        elif is_parametrized(module) and kind.__base__ in table:
+            # The class of this one layer (and its copies): torch's, plus a property per tensor.
+            module.__class__ = type(kind.__name__, (table[kind.__base__],), dict(vars(kind)))
+        elif isinstance(module, LazyModuleMixin) and module.cls_to_become in table:
+            module.cls_to_become = table[module.cls_to_become]
     return model

@@ -1,4 +1,5 @@
-"""The operators and what the dispatcher must know of them: libraries, fake kernels, table rows.
+"""The operators and what the dispatcher must know of them: libraries, fake kernels, FLOPs,
+table rows.
 
 The schemas are in ``csrc/ops.cpp``; the derivative rules in ``autograd.py``. ``padding`` lists hold
 a ``(before, after)`` pair per spatial axis.
@@ -6,12 +7,14 @@ a ``(before, after)`` pair per spatial axis.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 HERE = Path(__file__).parent
 CPU_LIBRARY = HERE / "_cpu.so"
@@ -179,6 +182,29 @@ def _(input, indices, output_size):  # type: ignore[no-untyped-def]
 @torch.library.register_fake("torch_naiveconv::max_unpool_gather")
 def _(grad_output, indices):  # type: ignore[no-untyped-def]
     return _empty(grad_output, indices.shape, False)
+
+
+# ---- FLOPs, as torch counts them for its own convolutions ----------------------------------------
+
+
+def _flops(output: Sequence[int], weight: Sequence[int]) -> int:
+    """Two for every tap of every filter at every position of the convolution's output."""
+    return 2 * output[0] * math.prod(output[2:]) * math.prod(weight)
+
+
+@register_flop_formula(NAMESPACE.conv)
+def _(input, weight, *_, out_shape, **__):  # type: ignore[no-untyped-def]
+    return _flops(out_shape, weight)
+
+
+@register_flop_formula(NAMESPACE.conv_grad_input)
+def _(grad_output, weight, *_, **__):  # type: ignore[no-untyped-def]
+    return _flops(grad_output, weight)
+
+
+@register_flop_formula(NAMESPACE.conv_grad_weight)
+def _(grad_output, *_, out_shape, **__):  # type: ignore[no-untyped-def]
+    return _flops(grad_output, out_shape)
 
 
 # Context: operators without their autograd kernels; the caller has seen to the derivatives.
