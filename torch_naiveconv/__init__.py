@@ -6,6 +6,7 @@ sparse matrix, ``cs231n`` has the course's four functions.
 """
 
 from . import cs231n, functional
+from .audit import audit
 from .conformance import SPEC_ID
 from .explain_model import explain
 from .functional import implementations
@@ -42,6 +43,7 @@ __all__ = [
     "MaxUnpool1d",
     "MaxUnpool2d",
     "MaxUnpool3d",
+    "audit",
     "conv_matrix",
     "convert",
     "cs231n",
