@@ -8,6 +8,7 @@ sparse matrix, ``cs231n`` has the course's four functions.
 from . import cs231n, functional
 from .audit import audit
 from .conformance import SPEC_ID
+from .drift import drift
 from .explain_model import explain
 from .functional import implementations
 from .matrix import conv_matrix
@@ -47,6 +48,7 @@ __all__ = [
     "conv_matrix",
     "convert",
     "cs231n",
+    "drift",
     "explain",
     "functional",
     "implementations",
