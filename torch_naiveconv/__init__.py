@@ -6,7 +6,9 @@ sparse matrix, ``cs231n`` has the course's four functions.
 """
 
 from . import cs231n, functional
+from .audit import audit
 from .conformance import SPEC_ID
+from .drift import drift
 from .explain_model import explain
 from .functional import implementations
 from .matrix import conv_matrix
@@ -42,9 +44,11 @@ __all__ = [
     "MaxUnpool1d",
     "MaxUnpool2d",
     "MaxUnpool3d",
+    "audit",
     "conv_matrix",
     "convert",
     "cs231n",
+    "drift",
     "explain",
     "functional",
     "implementations",

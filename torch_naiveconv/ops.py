@@ -8,7 +8,7 @@ a ``(before, after)`` pair per spatial axis.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -32,6 +32,20 @@ def _load() -> None:
         torch.ops.load_library(str(CUDA_LIBRARY))
 
 
+def check_fma(conv: Callable[..., Tensor]) -> None:
+    """Refuses a machine that rounds a fused multiply-add twice: one sum that tells.
+
+    2^-60 + (1 + 2^-12)^2 lies above the middle of two float32 numbers, by less than float64 sees.
+    """
+    row = torch.tensor([[[2.0**-30, 1 + 2.0**-12]]], dtype=torch.float32, device="cpu")
+    found = conv(row, row, None, [1], [0, 0], [1], 1, "naive").item()
+    if found != 1 + 2.0**-11 + 2.0**-23:
+        raise ImportError(
+            "torch_naiveconv: this machine's fused multiply-add rounds more than once "
+            f"(found {found!r}), so it cannot compute the contract's bits"
+        )
+
+
 _load()
 NAMESPACE = torch.ops.torch_naiveconv
 conv = NAMESPACE.conv.default
@@ -43,6 +57,9 @@ max_pool_scatter = NAMESPACE.max_pool_scatter.default
 max_pool_gather = NAMESPACE.max_pool_gather.default
 max_unpool = NAMESPACE.max_unpool.default
 max_unpool_gather = NAMESPACE.max_unpool_gather.default
+if not NAMESPACE.cpu_conv_rows():
+    raise ImportError("torch_naiveconv: this processor has no fused multiply-add instruction")
+check_fma(conv)
 
 
 @cache
