@@ -1,0 +1,294 @@
+// grad_weight as a packed product whose rows are the windows of taps. Start reading at
+// multiply_windows; conv_dense.h says what plays which part.
+#pragma once
+
+#include "conv_blocks.h"
+
+namespace torch_naiveconv::TNC_ISA {
+
+// A run of pixels [first, last) of one sample as boxes of the outputs: one box if that is small
+// enough, else cut where it crosses from one plane or one row into the next.
+struct Bands {
+  int count = 0;
+  struct Band {
+    int64_t first, last;  // pixels
+    Box outputs;
+  } band[4];
+  int64_t size[3] = {0, 0, 0};  // of the largest patch, on each axis
+
+  Bands(const ConvShape& s, int64_t first, int64_t last, int64_t most_elements) {
+    add(s, first, last);
+    if (elements() <= most_elements) return;
+    const int64_t row = s.axis[2].out, plane = row * s.axis[1].out;
+    count = 0;
+    for (int64_t& extent : size) extent = 0;
+    const int64_t next_plane = (first / plane + 1) * plane;
+    const bool two_planes = next_plane < last && last <= next_plane + plane;
+    const int64_t middle = two_planes ? next_plane : last;
+    add_rows(s, first, middle, row);
+    if (two_planes) add_rows(s, middle, last, row);
+  }
+  int64_t elements() const { return count * size[0] * size[1] * size[2]; }
+
+ private:
+  void add_rows(const ConvShape& s, int64_t first, int64_t last, int64_t row) {
+    const int64_t next_row = (first / row + 1) * row;
+    if (next_row < last && last <= next_row + row) {
+      add(s, first, next_row);
+      add(s, next_row, last);
+    } else {
+      add(s, first, last);
+    }
+  }
+  void add(const ConvShape& s, int64_t first, int64_t last) {
+    Band& b = band[count++];
+    b.first = first;
+    b.last = last;
+    int64_t lower = first, upper = last - 1, stride = s.outputs();
+    for (int a = 0; a < 3; ++a) {
+      stride /= s.axis[a].out;
+      b.outputs.from[a] = lower / stride;
+      b.outputs.to[a] = upper / stride + 1;
+      lower %= stride;
+      upper %= stride;
+      if (b.outputs.size(a) > 1) lower = 0, upper = stride - 1;
+      size[a] = most(size[a], (b.outputs.size(a) - 1) * s.axis[a].stride +
+                                  (s.axis[a].kernel - 1) * s.axis[a].dilation + 1);
+    }
+  }
+};
+
+// Terms whose input lies in the padding are products with +0; `skip_padding` leaves them out, which
+// is exact if the gradient is finite and needs a shape of one tap.
+template <class S>
+bool multiply_windows(const ConvProblem& p, bool skip_padding) {
+  using K = Kind<S>;
+  using T = typename K::T;
+  constexpr int L = Vec<T>::lanes;
+  constexpr int64_t chunk_groups = 2048 / K::group;
+  const ConvShape& s = p.shape;
+  const int64_t pixels = s.outputs(), taps = s.taps(), lane_vecs = up(s.group_out(), L);
+  const int64_t* const image_stride = p.input.stride;
+  const int64_t* const grad_stride = p.output.stride;
+  const int64_t* const weight_stride = p.weight.stride;
+
+  // Does a row point into the image or into a patch?
+  bool patched = is_half_type<S>;
+  int64_t image_reach = 0, grad_reach = 0;
+  for (int a = 0; a < 3; ++a) {
+    const Axis& axis = s.axis[a];
+    patched =
+        patched || (!skip_padding &&
+                    (axis.pad > 0 || axis.input_of(axis.out - 1, axis.kernel - 1) >= axis.in));
+    image_reach += axis.in * std::llabs(image_stride[a + 2]);
+    grad_reach += axis.out * std::llabs(grad_stride[a + 2]);
+  }
+  patched = patched || (!skip_padding && image_reach > INT32_MAX);
+  if (grad_reach > INT32_MAX || (!patched && image_reach > INT32_MAX)) return false;
+
+  // Cut the gradient into blocks of input channels x lanes that fit the caches and feed all
+  // threads. A block's patch must hold at least what one group reads.
+  const int64_t threads = thread_count();
+  const int64_t work = s.batch * pixels * taps * s.group_in() * s.out_channels;
+  int64_t lane_blocks = up(lane_vecs * L, 256);
+  if (work > work_of_task && s.groups < threads)
+    lane_blocks = most(lane_blocks,
+                       least(up(threads, s.groups), up(lane_vecs, TileSize<T, K::chains>::vecs)));
+  const int64_t block_vecs = up(lane_vecs, lane_blocks);
+  int64_t block_channels = total_bytes / (int64_t{sizeof(T)} * block_vecs * L * taps);
+  if (patched) {
+    const Bands worst(s, 0, least(pixels, K::group), 0);
+    block_channels =
+        least(block_channels, patch_bytes / (int64_t{sizeof(T)} * 2 * worst.elements()));
+  }
+  int64_t channel_blocks = up(s.group_in(), most(1, least(block_channels, s.group_in())));
+  if (work > work_of_task)
+    channel_blocks = most(channel_blocks, least(s.group_in(), up(threads, s.groups * lane_blocks)));
+  block_channels = up(s.group_in(), channel_blocks);
+  const int64_t most_rows = block_channels * taps;
+  const int64_t patch_limit = patch_bytes / int64_t{sizeof(T)} / block_channels;
+
+  const int64_t tasks = s.groups * lane_blocks * channel_blocks;
+  parallel_for(
+      tasks, most(1, work_of_task * tasks / most(work, 1)), K::mode,
+      [&](int64_t begin, int64_t end) {
+        Arena& arena = task_arena();
+        // The largest patch of any chunk: at least one group's, else within the limit.
+        int64_t patch_size = 0;
+        if (patched) {
+          for (int64_t g = 0; g * K::group < pixels; ++g) {
+            const Bands bands(s, g * K::group, least(pixels, (g + 1) * K::group), patch_limit);
+            patch_size = most(patch_size, bands.elements());
+          }
+          patch_size = (most(patch_size, patch_limit) + 64) * block_channels;
+        }
+        const int64_t total_size = most_rows * block_vecs * L;
+        const int64_t panel_size = K::group * L * TileSize<T, K::chains>::vecs;
+        const int64_t table_size = chunk_groups * K::group;
+        arena.reset(Arena::bytes_for<T>(total_size) + Arena::bytes_for<T>(panel_size) +
+                    Arena::bytes_for<T>(patch_size) + Arena::bytes_for<T>(block_vecs * L) +
+                    Arena::bytes_for<const T*>(most_rows) + Arena::bytes_for<int64_t>(most_rows) +
+                    2 * Arena::bytes_for<int32_t>(table_size));
+        T* const totals = arena.take<T>(total_size);
+        T* const panel = arena.take<T>(panel_size);
+        T* const patch = arena.take<T>(patch_size);
+        T* const no_bias = arena.take<T>(block_vecs * L);
+        const T** const row = arena.take<const T*>(most_rows);
+        int64_t* const position = arena.take<int64_t>(most_rows);
+        int32_t* const row_offset = arena.take<int32_t>(table_size);
+        int32_t* const lane_offset = arena.take<int32_t>(table_size);
+        zero_run(no_bias, block_vecs * L);
+
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t channel_block = task % channel_blocks;
+          const int64_t lane_block = task / channel_blocks % lane_blocks;
+          const int64_t group = task / channel_blocks / lane_blocks;
+          const LaneBlock<T, K::chains> block(s.group_out(), lane_block, lane_blocks);
+          const int64_t channel0 = cut_at(s.group_in(), channel_blocks, channel_block);
+          const int64_t channel1 = cut_at(s.group_in(), channel_blocks, channel_block + 1);
+          const int64_t rows = (channel1 - channel0) * taps;
+          const S* const image = static_cast<const S*>(p.input.data) +
+                                 (group * s.group_in() + channel0) * image_stride[1];
+          const S* const grad =
+              static_cast<const S*>(p.output.data) + group * s.group_out() * grad_stride[1];
+
+          // The totals begin with the earlier ones.
+          const bool resumed = p.total != nullptr;
+          if (resumed) {
+            const T* const earlier = static_cast<const T*>(p.total);
+            T* to = totals;
+            for (int64_t i = 0; i < block.tiles; ++i) {
+              const LaneTile tile = block.tile(i);
+              for (int64_t r = 0; r < rows; ++r)
+                for (int64_t j = 0; j < tile.vecs * L; ++j)
+                  *to++ = j < tile.lanes
+                              ? earlier[((group * s.group_out() + tile.first + j) * s.group_in() +
+                                         channel0) *
+                                            taps +
+                                        r]
+                              : T(0);
+            }
+          }
+
+          for (int64_t n = 0; n < s.batch; ++n)
+            for (int64_t first = 0; first < pixels;) {
+              // A chunk: the groups whose windows fit into the patch.
+              int64_t last = least(pixels, first + K::group);
+              Bands bands(s, first, last, patch_limit);
+              while (last < pixels && last - first < table_size) {
+                const int64_t next = least(pixels, last + K::group);
+                const Bands more(s, first, next, INT64_MAX);
+                if (patched && more.elements() > patch_limit) break;
+                bands = more;
+                last = next;
+              }
+
+              PatchLayout layout;
+              const S* const sample = image + n * image_stride[0];
+              if (patched) {
+                layout = PatchLayout::of(channel1 - channel0, bands.size,
+                                         image_stride[1] == 1 && image_stride[4] != 1);
+                const int64_t image_size[3] = {s.axis[0].in, s.axis[1].in, s.axis[2].in};
+                for (int b = 0; b < bands.count; ++b) {
+                  Box box;
+                  for (int a = 0; a < 3; ++a) {
+                    const Axis& axis = s.axis[a];
+                    box.from[a] = axis.input_of(bands.band[b].outputs.from[a], 0);
+                    box.to[a] = axis.input_of(bands.band[b].outputs.to[a] - 1, axis.kernel - 1) + 1;
+                  }
+                  copy_patch(patch + b * layout.elements, layout, sample, image_stride[1],
+                             image_stride + 2, image_size, box, channel1 - channel0);
+                }
+              } else {
+                layout.channel = image_stride[1];
+                for (int a = 0; a < 3; ++a) layout.axis[a] = image_stride[a + 2];
+              }
+
+              // The rows: one tap of one channel each.
+              const T* const origin = patched ? patch : reinterpret_cast<const T*>(sample);
+              int64_t rows_so_far = 0;
+              for (int64_t c = 0; c < channel1 - channel0; ++c)
+                for (int64_t d = 0; d < s.axis[0].kernel; ++d)
+                  for (int64_t h = 0; h < s.axis[1].kernel; ++h)
+                    for (int64_t w = 0; w < s.axis[2].kernel; ++w)
+                      row[rows_so_far++] = origin + c * layout.channel +
+                                           d * s.axis[0].dilation * layout.axis[0] +
+                                           h * s.axis[1].dilation * layout.axis[1] +
+                                           w * s.axis[2].dilation * layout.axis[2];
+
+              // The terms: pixels in order, in 16-bit groups the even ones first.
+              int64_t terms_of[chunk_groups] = {};
+              for (int b = 0; b < bands.count; ++b) {
+                const Bands::Band& band = bands.band[b];
+                int64_t at[3], rest = band.first;
+                for (int a = 2; a >= 0; --a) at[a] = rest % s.axis[a].out, rest /= s.axis[a].out;
+                for (int64_t pixel = band.first; pixel < band.last; ++pixel) {
+                  int64_t from = b * layout.elements, of = 0;
+                  bool inside = true;
+                  for (int a = 0; a < 3; ++a) {
+                    const int64_t in = s.axis[a].input_of(at[a], 0);
+                    from += (patched ? (at[a] - band.outputs.from[a]) * s.axis[a].stride : in) *
+                            layout.axis[a];
+                    of += at[a] * grad_stride[a + 2];
+                    inside = inside && s.axis[a].holds_input(in);
+                  }
+                  for (int a = 2; a >= 0 && ++at[a] == s.axis[a].out; --a) at[a] = 0;
+                  if (skip_padding && !inside) continue;
+                  const int64_t group_of = (pixel - first) / K::group;
+                  const int64_t number = terms_of[group_of]++;
+                  int64_t t = group_of * K::group + number;
+                  if (K::chains == 2) {
+                    const int64_t terms = least(K::group, last - first - group_of * K::group);
+                    t += number / 2 - number + (number % 2 ? up(terms, 2) : 0);
+                  }
+                  row_offset[t] = static_cast<int32_t>(from);
+                  lane_offset[t] = static_cast<int32_t>(of);
+                }
+              }
+
+              T* total = totals;
+              for (int64_t i = 0; i < block.tiles; ++i) {
+                const LaneTile tile = block.tile(i);
+                const S* const lanes = grad + n * grad_stride[0] + tile.first * grad_stride[1];
+                for (int64_t t = 0; t < last - first; t += K::group) {
+                  const int64_t terms = terms_of[t / K::group];
+                  int32_t length[max_chains] = {static_cast<int32_t>(up(terms, K::chains)),
+                                                static_cast<int32_t>(terms / 2)};
+                  pack_panel(panel, tile.vecs, tile.lanes, lanes, grad_stride[1], lane_offset + t,
+                             terms);
+                  if (t + K::group < last - first)
+                    prefetch_panel(tile.lanes, lanes, grad_stride[1], lane_offset + t + K::group,
+                                   terms_of[t / K::group + 1]);
+                  multiply_rows<T, K::chains>(row, rows, row_offset + t, length, panel, tile.vecs,
+                                              total, resumed || n > 0 || first + t > 0);
+                }
+                total += rows * tile.vecs * L;
+              }
+              first = last;
+            }
+
+          int64_t r = 0;
+          for (int64_t c = channel0; c < channel1; ++c)
+            for (int64_t d = 0; d < s.axis[0].kernel; ++d)
+              for (int64_t h = 0; h < s.axis[1].kernel; ++h)
+                for (int64_t w = 0; w < s.axis[2].kernel; ++w)
+                  position[r++] = c * weight_stride[1] + d * weight_stride[2] +
+                                  h * weight_stride[3] + w * weight_stride[4];
+          const T* total = totals;
+          for (int64_t i = 0; i < block.tiles; ++i) {
+            const LaneTile tile = block.tile(i);
+            const int64_t base = (group * s.group_out() + tile.first) * weight_stride[0];
+            if (p.keep_total)
+              store_rows(total, rows, tile.vecs, tile.lanes, no_bias,
+                         static_cast<T*>(p.weight.data) + base, position, weight_stride[0]);
+            else
+              store_rows(total, rows, tile.vecs, tile.lanes, no_bias,
+                         static_cast<S*>(p.weight.data) + base, position, weight_stride[0]);
+            total += rows * tile.vecs * L;
+          }
+        }
+      });
+  return true;
+}
+
+}  // namespace torch_naiveconv::TNC_ISA
