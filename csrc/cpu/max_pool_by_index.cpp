@@ -177,7 +177,8 @@ class Scatter {
           const Index chosen = index[ow * x_step + plane * x_pitch];
           int64_t position;
           if constexpr (flat) {
-            position = static_cast<int64_t>(chosen) - low;
+            position =
+                static_cast<int64_t>(static_cast<uint64_t>(chosen) - static_cast<uint64_t>(low));
           } else {
             if (sizeof(Index) > 1 && static_cast<uint64_t>(chosen) >= taps) continue;
             position = base + ow * w.stride + distances[chosen];

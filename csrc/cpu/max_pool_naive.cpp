@@ -1,5 +1,8 @@
 // Row "naive" of the pooling table: the specification, one element after another, threads over
 // the elements; and max-unpooling, threads over the planes.
+#include <atomic>
+#include <vector>
+
 #include "max_pool.h"
 #include "parallel.h"
 
@@ -101,31 +104,39 @@ bool run(const PoolProblem& p) {
   return true;
 }
 
+// False if an index lies outside of its plane; that plane is not written.
 template <class T>
-void unpool(const UnpoolProblem& p) {
+bool unpool(const UnpoolProblem& p) {
   auto* input = static_cast<T*>(p.input);
   auto* output = static_cast<T*>(p.output);
+  std::atomic<bool> good{true};
   parallel_for(p.planes, 1 + 8000 / (p.inputs + p.outputs + 1), FloatEnvironment::gradual,
                [&](int64_t begin, int64_t end) {
+                 std::vector<char> taken;
                  for (int64_t plane = begin; plane < end; ++plane) {
                    T* const in = input + plane * p.inputs;
                    T* const out = output + plane * p.outputs;
                    const int64_t* const indices = p.indices + plane * p.inputs;
-                   if (!p.transpose) {
+                   bool inside = true;
+                   for (int64_t j = 0; j < p.inputs; ++j)
+                     inside &= static_cast<uint64_t>(indices[j]) < static_cast<uint64_t>(p.outputs);
+                   if (!inside) {
+                     good = false;
+                   } else if (!p.transpose) {
                      for (int64_t i = 0; i < p.outputs; ++i) out[i] = zero<T>();
                      for (int64_t j = 0; j < p.inputs; ++j) out[indices[j]] = in[j];
                    } else {
                      // Only the last writer of a position gets its gradient: walking backwards,
                      // the first one met takes it.
-                     bool* const taken = new bool[p.outputs]();
+                     taken.assign(static_cast<size_t>(p.outputs), 0);
                      for (int64_t j = p.inputs - 1; j >= 0; --j) {
                        in[j] = taken[indices[j]] ? zero<T>() : out[indices[j]];
-                       taken[indices[j]] = true;
+                       taken[indices[j]] = 1;
                      }
-                     delete[] taken;
                    }
                  }
                });
+  return good;
 }
 
 }  // namespace
@@ -135,10 +146,9 @@ void max_pool_forward_at(const PoolProblem& p, Position output) {
 }
 
 bool run_unpool(const UnpoolProblem& p) {
-  for (int64_t i = 0; i < p.planes * p.inputs; ++i)
-    if (p.indices[i] < 0 || p.indices[i] >= p.outputs) return false;
-  with_type(p.dtype, [&](auto tag) { unpool<typename decltype(tag)::type>(p); });
-  return true;
+  bool good = false;
+  with_type(p.dtype, [&](auto tag) { good = unpool<typename decltype(tag)::type>(p); });
+  return good;
 }
 
 extern const PoolRow pool_naive;

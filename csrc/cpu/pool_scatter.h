@@ -181,8 +181,8 @@ struct GradRow {
 // One row of inputs, straight to memory: slots [slot, end) of the width. With flat indices `own` is
 // the position of the input itself, the same for every window.
 template <int stride, int kernel, bool flat, class L>
-void scatter_row(const GradRow<L>* rows, int64_t row_count, const Axis& width, int64_t slot,
-                 int64_t end, int64_t position, L* to) {
+inline void scatter_row(const GradRow<L>* rows, int64_t row_count, const Axis& width, int64_t slot,
+                        int64_t end, int64_t position, L* to) {
   using I = LaneIndex<L>;
   constexpr int V = lanes<L>, margin = (kernel - 1) / stride;
   for (int64_t i = slot; i < end; i += V) {
@@ -291,9 +291,9 @@ class Scatter {
     if (codec_.is_lane && channels_last_) direct_ = true;
     if (codec_.is_lane && !channels_last_ && p_.input.stride[4] == 1 && p_.output.stride[4] == 1 &&
         w.dilation == 1) {
-      row_kernel_ =
-          flat ? row_kernel<true>(w.stride, w.kernel) : row_kernel<false>(w.stride, w.kernel);
-      direct_ = row_kernel_ != nullptr;
+      rows_direct_ =
+          flat ? direct_rows<true>(w.stride, w.kernel) : direct_rows<false>(w.stride, w.kernel);
+      direct_ = rows_direct_ != nullptr;
     }
 
     group_ = !channels_last_ ? 1 : s_.channels <= 256 ? s_.channels : 128;
@@ -353,16 +353,15 @@ class Scatter {
     Term<I>* terms = nullptr;
     GradRow<L>* rows = nullptr;
   };
-  using RowKernel = void (*)(const GradRow<L>*, int64_t, const Axis&, int64_t, int64_t, int64_t,
-                             L*);
+  using Rows = void (Scatter::*)(const Tile&, int64_t, int64_t, const Buffers&) const;
 
   template <bool flat>
-  static RowKernel row_kernel(int64_t stride, int64_t kernel) {
-    if (stride == 1 && kernel == 2) return scatter_row<1, 2, flat, L>;
-    if (stride == 1 && kernel == 3) return scatter_row<1, 3, flat, L>;
-    if (stride == 2 && kernel == 2) return scatter_row<2, 2, flat, L>;
-    if (stride == 2 && kernel == 3) return scatter_row<2, 3, flat, L>;
-    if (stride == 4 && kernel == 4) return scatter_row<4, 4, flat, L>;
+  static Rows direct_rows(int64_t stride, int64_t kernel) {
+    if (stride == 1 && kernel == 2) return &Scatter::scatter_rows<1, 2, flat>;
+    if (stride == 1 && kernel == 3) return &Scatter::scatter_rows<1, 3, flat>;
+    if (stride == 2 && kernel == 2) return &Scatter::scatter_rows<2, 2, flat>;
+    if (stride == 2 && kernel == 3) return &Scatter::scatter_rows<2, 3, flat>;
+    if (stride == 4 && kernel == 4) return &Scatter::scatter_rows<4, 4, flat>;
     return nullptr;
   }
 
@@ -417,22 +416,44 @@ class Scatter {
     if (columns > 0)
       for (int64_t od = t.od; od < t.od_end; ++od)
         stage_index(t, od, start, columns, b.index + (od - t.od) * height * pitch);
-    for (int64_t ih = t.row; ih < t.end; ++ih) {
-      int64_t row_count = 0;
-      for_each_row(t, ih, [&](int64_t od, int64_t kd, int64_t oh, int64_t kh) {
-        if (columns > 0)
-          b.rows[row_count++] = {
-              static_cast<const L*>(p_.output.data) + offset(p_.output, t.n, t.channel, od, oh, 0),
-              b.index + ((od - t.od) * height + oh - t.oh) * pitch - start * pixel,
-              static_cast<I>(kd * weight_[0] + kh * weight_[1])};
-      });
-      L* const to = static_cast<L*>(p_.input.data) + offset(p_.input, t.n, t.channel, t.id, ih, 0);
-      const int64_t position = s_.flat_of(t.id, ih, 0);
-      if (channels_last_)
-        scatter_columns(t, row_count, position, to, b);
-      else
-        row_kernel_(b.rows, row_count, w, t.slot, t.slot + t.slots, position, to);
+    channels_last_ ? scatter_pixels(t, start, columns, b)
+                   : (this->*rows_direct_)(t, start, columns, b);
+  }
+
+  // body(ih, the number of rows in b.rows that reach it, the memory of input row ih)
+  template <class Body>
+  void for_each_input_row(const Tile& t, int64_t start, int64_t columns, const Buffers& b,
+                          const Body& body) const {
+    const int64_t pixel = channels_last_ ? t.lanes : 1, pitch = columns * pixel;
+    const int64_t height = t.oh_end - t.oh;
+    const int64_t* const grad_stride = p_.output.stride;
+    const L* const grad =
+        static_cast<const L*>(p_.output.data) + offset(p_.output, t.n, t.channel, 0, 0, 0);
+    L* to = static_cast<L*>(p_.input.data) + offset(p_.input, t.n, t.channel, t.id, t.row, 0);
+    for (int64_t ih = t.row; ih < t.end; ++ih, to += p_.input.stride[3]) {
+      int64_t count = 0;
+      if (columns > 0)
+        for_each_row(t, ih, [&](int64_t od, int64_t kd, int64_t oh, int64_t kh) {
+          b.rows[count++] = {grad + od * grad_stride[2] + oh * grad_stride[3],
+                             b.index + ((od - t.od) * height + oh - t.oh) * pitch - start * pixel,
+                             static_cast<I>(kd * weight_[0] + kh * weight_[1])};
+        });
+      body(ih, count, to);
     }
+  }
+
+  template <int stride, int kernel, bool flat>
+  void scatter_rows(const Tile& t, int64_t start, int64_t columns, const Buffers& b) const {
+    const Axis width = s_.axis[2];
+    for_each_input_row(t, start, columns, b, [&](int64_t ih, int64_t count, L* to) {
+      scatter_row<stride, kernel, flat, L>(b.rows, count, width, t.slot, t.slot + t.slots,
+                                           s_.flat_of(t.id, ih, 0), to);
+    });
+  }
+  void scatter_pixels(const Tile& t, int64_t start, int64_t columns, const Buffers& b) const {
+    for_each_input_row(t, start, columns, b, [&](int64_t ih, int64_t count, L* to) {
+      scatter_columns(t, count, s_.flat_of(t.id, ih, 0), to, b);
+    });
   }
 
   void stage_index(const Tile& t, int64_t od, int64_t start, int64_t columns, I* to) const {
@@ -604,7 +625,7 @@ class Scatter {
   std::vector<Reach> phase_taps_;  // o: windows back
   std::vector<size_t> phase_start_;
   bool channels_last_ = false, direct_ = false;
-  RowKernel row_kernel_ = nullptr;
+  Rows rows_direct_ = nullptr;
   int64_t weight_[3] = {0, 0, 0};
   int64_t group_ = 1, blocks_ = 1, margin_ = 0, slots_ = 1, strips_ = 1, rows_ = 1, bands_ = 1;
   int64_t staged_rows_ = 0, pitch_ = 0, phase_size_ = 0;
