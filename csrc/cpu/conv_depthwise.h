@@ -89,17 +89,22 @@ struct ChannelLanes {
   }
 
   // panel[block][plane][i][lane] = row[channel of (block, plane, lane)][i * w_stride], i < n.
-  void fetch(const T* row, int64_t n, E* panel, int64_t block_pitch, int64_t plane_pitch) const {
+  // What lies `ahead` is fetched next: the processor itself does not see it coming where the pieces
+  // of memory are short.
+  void fetch(const T* row, int64_t n, E* panel, int64_t block_pitch, int64_t plane_pitch,
+             int64_t ahead) const {
     if (kind == adjacent) {
       for (int64_t i = 0; i < n; ++i) {
         const T* const from = row + offset[0] + i * w_stride;
         E* const to = panel + i * L;
+        for (int64_t b = 0; b < blocks; ++b) prefetch(from + b * L + ahead);
         for (int64_t b = 0; b < blocks - 1; ++b) V::load(from + b * L).store(to + b * block_pitch);
         load_last(from + (blocks - 1) * L).store(to + (blocks - 1) * block_pitch);
       }
     } else if (kind == permuted) {
       for (int64_t i = 0; i < n; ++i)
         for (int64_t b = 0; b < blocks; ++b) {
+          prefetch(row + offset[b * L] + i * w_stride + ahead);
           const V x =
               V::load(row + offset[b * L] + i * w_stride, b + 1 < blocks ? span : last_span);
           for (int64_t j = 0; j < planes; ++j)
@@ -267,7 +272,8 @@ void fill_panel(const PanelShape& shape, const ChannelLanes<T>& lanes, const Raw
       if (inside)
         lanes.fetch(
             sample + sd * view.stride[2] + sh * view.stride[3] + (first[2] + left) * view.stride[4],
-            right - left, row + left * V::lanes, shape.block_pitch(), shape.plane_pitch());
+            right - left, row + left * V::lanes, shape.block_pitch(), shape.plane_pitch(),
+            view.stride[3]);
     }
 }
 

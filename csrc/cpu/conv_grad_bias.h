@@ -75,7 +75,7 @@ bool grad_bias(const ConvProblem& p) {
                                  d * stride[2] + h * stride[3];
             for (int64_t w = 0; w < width;) {
               const int64_t piece = smaller(width - w, full - held);
-              lanes.fetch(row + w * stride[4], piece, panel + held * L, 0, 0);
+              lanes.fetch(row + w * stride[4], piece, panel + held * L, 0, 0, full * stride[4]);
               w += piece;
               held += piece;
               if (held == full) total = fold_pixels<T>(panel, full, total), held = 0;

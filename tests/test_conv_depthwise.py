@@ -1,0 +1,84 @@
+"""Few channels per group, and the bias gradient: every vector row returns naive's bits."""
+
+import random
+
+import pytest
+import torch
+from test_conv_rows import FAST, FLOATS, assert_same_bits, check, strided, threads, values
+
+from torch_naiveconv import functional as F
+
+SAME3 = (3, 1, 1, 1, 1)  # kernel, stride, dilation, before, after
+
+# name: N, C, K, groups, axes
+NAMED = {
+    "depthwise": (2, 35, 35, 35, [(12, *SAME3), (21, *SAME3)]),
+    "whole vectors": (2, 64, 64, 64, [(9, *SAME3), (16, *SAME3)]),
+    "one task per row of taps": (3, 5, 5, 5, [(30, *SAME3), (30, *SAME3)]),
+    "channel multiplier": (2, 6, 18, 6, [(10, *SAME3), (11, *SAME3)]),
+    "several to one": (2, 36, 12, 12, [(10, *SAME3), (9, *SAME3)]),
+    "four to four": (2, 32, 32, 8, [(13, *SAME3), (14, *SAME3)]),
+    "three to five": (2, 21, 35, 7, [(7, *SAME3), (8, *SAME3)]),
+    "two large groups": (1, 40, 14, 2, [(9, *SAME3), (9, *SAME3)]),
+    "seven by seven": (1, 17, 17, 17, [(15, 7, 1, 1, 3, 3)] * 2),
+    "groups of terms cut rows of taps": (1, 7, 7, 7, [(17, 13, 1, 1, 6, 6), (15, 11, 1, 1, 5, 5)]),
+    "strided": (2, 18, 18, 18, [(15, 3, 2, 1, 1, 1), (18, 3, 2, 1, 1, 0)]),
+    "phases without taps": (1, 9, 9, 9, [(13, 2, 4, 1, 0, 1), (14, 1, 3, 1, 0, 0)]),
+    "dilated": (1, 20, 20, 20, [(16, 3, 1, 4, 4, 4), (19, 5, 1, 2, 3, 5)]),
+    "stride equal to dilation": (1, 8, 8, 8, [(12, 3, 2, 2, 2, 2), (19, 4, 2, 2, 2, 2)]),
+    "kernel larger than the image": (2, 10, 10, 10, [(3, 7, 1, 1, 3, 3), (2, 5, 1, 1, 2, 2)]),
+    "long": (1, 3, 3, 3, [(3001, 31, 1, 1, 15, 15)]),
+    "wide": (1, 4, 4, 4, [(6, *SAME3), (1500, *SAME3)]),
+    "volume": (1, 10, 20, 10, [(5, *SAME3), (6, 2, 2, 1, 1, 0), (7, *SAME3)]),
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("row", FAST)
+def test_named(row, name, dtype):
+    draw = random.Random(f"{name} {dtype}")
+    for kind in ("normal", draw.choice(["tiny", "wild"])):
+        check(draw, dtype, kind, *NAMED[name], row)
+
+
+@pytest.mark.parametrize("row", FAST)
+def test_every_remainder(row):
+    """Rows of one to 24 pixels, blocks of one to 24 channels."""
+    for size in range(1, 25):
+        draw = random.Random(size)
+        channels = 1 + 7 * size % 24
+        axes = [(3, *SAME3), (size, *SAME3)]
+        check(
+            draw, draw.choice(FLOATS), "normal", 2, 2 * channels, 2 * channels, channels, axes, row
+        )
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("row", FAST)
+def test_grad_bias(row, dtype):
+    for case, size in enumerate([(1, 1), (5, 7), (31, 33), (128,), (700,), (9, 8, 11)]):
+        draw, generator = random.Random(case), torch.Generator().manual_seed(case)
+        for kind in ("normal", "tiny", "wild"):
+            grad = strided(draw, values(generator, (2, draw.randint(1, 40), *size), dtype, kind))
+            with threads(draw.choice([1, 3])):
+                got = F.conv_grad_bias(grad, impl=row)
+            expected = F.conv_grad_bias(grad, impl="naive")
+            assert_same_bits(got, expected, f"{row} {dtype} {kind} {tuple(grad.shape)}")
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("row", FAST)
+def test_totals_go_on(row, dtype):
+    """Two samples at once, or the second resuming the total of the first."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (values(generator, (2, 18, 9, 10), dtype, "normal") for _ in range(2))
+    shape, wide = (18, 1, 3, 3), torch.promote_types(dtype, torch.float32)
+
+    def gradient(samples, total):
+        arguments = {"padding": 1, "groups": 18, "impl": row}
+        return F.conv_grad_weight(x[samples], shape, grad[samples], total=total, **arguments)
+
+    first = gradient(slice(0, 1), torch.zeros(shape, dtype=wide))
+    both = gradient(slice(0, 2), torch.zeros(shape, dtype=wide))
+    assert_same_bits(gradient(slice(1, 2), first), both, row)
