@@ -134,8 +134,9 @@ def test_random_forward(seed, row):
         last, ours(x, **arguments, return_indices=True, ties="last", impl="naive"), strict=True
     ):
         assert_same_bits(a, b, what)
-    if dtype != torch.bool:
-        values_of_torch, indices_of_torch = theirs(x, **arguments, return_indices=True)
+    if dtype in (torch.float32, torch.float64):
+        # torch's own paths for other types and 5-D channels_last have gaps; this one is the rule.
+        values_of_torch, indices_of_torch = theirs(x.contiguous(), **arguments, return_indices=True)
         # Where a dilated window misses the input, torch's index is not defined.
         missed = chosen < 0
         assert_same_bits(chosen, indices_of_torch.masked_fill(missed, -1), what)
