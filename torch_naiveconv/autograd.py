@@ -4,10 +4,10 @@ conv, conv_grad_input and conv_grad_weight are each bilinear, and the derivative
 the other two; gather and scatter of pooling are each other's derivative. So a handful of functions
 gives every order of derivative.
 
-Each rule set is an ``autograd.Function`` that is the operator's kernel for the dispatcher's Autograd
-key, so compilers, ``torch.func`` and direct calls of an operator get the same derivatives. Eager calls
-take a shorter road (``_differentiable``) to the functions at the end, which have the signatures of the
-operators in ``ops.py``; call those, not the operators.
+Each rule set is an ``autograd.Function`` that is the operator's kernel for the dispatcher's
+Autograd key, so compilers, ``torch.func`` and direct calls of an operator get the same derivatives.
+Eager calls take a shorter road (``_differentiable``) to the functions at the end, which have the
+signatures of the operators in ``ops.py``; call those, not the operators.
 """
 
 from __future__ import annotations
