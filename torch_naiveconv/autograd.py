@@ -4,11 +4,7 @@ conv, conv_grad_input and conv_grad_weight are each bilinear, and the derivative
 the other two; gather and scatter of pooling are each other's derivative. So a handful of functions
 gives every order of derivative.
 
-<<<<<<< HEAD
 Each rule set is an ``autograd.Function`` that is also the operator's kernel for the dispatcher's
-=======
-Each rule set is an ``autograd.Function`` that is the operator's kernel for the dispatcher's
->>>>>>> features
 Autograd key, so compilers, ``torch.func`` and direct calls of an operator get the same derivatives.
 Eager calls take a shorter road (``_differentiable``) to the functions at the end, which have the
 signatures of the operators in ``ops.py``; call those, not the operators.
