@@ -1,7 +1,7 @@
 """Models that nobody here wrote, with random weights: converted, they still compute the same.
 
-The packages are for tests only (``pip install --no-deps`` of those named below, and what they import);
-a model is skipped where its package is missing.
+The packages are for tests only (``pip install --no-deps`` of those named below, and of what they
+import); a model is skipped where its package is missing.
 """
 
 import pytest
@@ -59,7 +59,7 @@ MODELS = {
     "ConvNeXt": timm("convnext_atto", 64),
     "MobileNet": timm("mobilenetv3_small_050", 64),
     "U-Net": (basic_unet, (1, 1, 32, 32)),
-    "SNAC audio decoder": (snac, (1, 64, 8)),
+    "SNAC audio decoder": (snac, (1, 32, 8)),
     "SegNet": (unpooling, (2, 1, 16, 16)),
 }
 

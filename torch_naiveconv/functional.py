@@ -868,7 +868,8 @@ def _max_pool(
     if return_indices:
         indices = "flat"
     elif not several and (
-        autograd.transforms_active() or (torch.is_grad_enabled() and input.requires_grad)
+        autograd.transforms_active()
+        or (torch.is_grad_enabled() and (input.requires_grad or torch.compiler.is_exporting()))
     ):
         indices = "offset"
     else:

@@ -46,6 +46,13 @@ def check_fma(conv: Callable[..., Tensor]) -> None:
         )
 
 
+def libraries_loaded() -> list[Path]:
+    """Those of this package's libraries that this process has loaded."""
+    return [
+        p for p in (CPU_LIBRARY, CUDA_LIBRARY) if str(p.resolve()) in torch.ops.loaded_libraries
+    ]
+
+
 _load()
 NAMESPACE = torch.ops.torch_naiveconv
 conv = NAMESPACE.conv.default
