@@ -48,7 +48,8 @@ CASES = {
 FORWARD_ONLY = {
     "max_pool, none": (X.detach(), *POOL, POOLED, "first", "none", "auto"),
     "cpu_conv_rows": (),
-    "cpu_fma_peak", "cpu_pool_rows": (),
+    "cpu_fma_peak": (),
+    "cpu_pool_rows": (),
 }
 CASES["max_pool, split"] = (*CASES["max_pool, split"][:-2], "none", "auto")
 
