@@ -6,9 +6,10 @@
 //   store                  store(p, n) writes the first n only
 //   load(const Half*), store(BFloat16*) ...   exact widening; one rounding to nearest even
 //   fma(a, b, c)           one rounding of a * b + c
-//   Mask                   greater, is_nan, first(n), select(mask, yes, no), either(a, b),
-//   any(mask) canonical              every NaN becomes the canonical one permute(lane) result[i] =
-//   this[lane[i]] transpose(r)           lanes x lanes
+//   Mask                   greater, is_nan, first(n), select(mask, yes, no), either, any
+//   canonical              every NaN becomes the canonical one
+//   permute(lane)          result[i] = this[lane[i]]
+//   transpose(r)           lanes x lanes
 //
 // Subnormal operands and results are flushed or kept as FloatEnvironment says, which is the
 // specification's meaning of float32 steps on 16-bit types.
