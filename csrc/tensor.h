@@ -7,6 +7,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <optional>
 #include <string>
 #include <tuple>
@@ -98,6 +102,21 @@ inline Tensor dense(const Tensor& t) {
 
 // Allocated through the C shim: a third of the cost of a dispatched `empty`, which small calls
 // feel.
+// The system hands fresh memory out page by page, as it is first written; for a large tensor that
+// takes longer than the arithmetic that fills it. Large pages make it a few hundred times fewer.
+inline void ask_for_large_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t page = uintptr_t{1} << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end =
+      (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / page * page;
+  if (bytes >= int64_t{4} << 20 && begin < end)
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 inline Tensor new_tensor(const Tensor& like, const Ints& sizes, bool channels_last,
                          std::optional<ScalarType> dtype = std::nullopt) {
   const size_t dim = sizes.size();
@@ -122,7 +141,11 @@ inline Tensor new_tensor(const Tensor& like, const Ints& sizes, bool channels_la
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dim), sizes.data(),
                                                          strides.data(), type, device_type,
                                                          device_index, &handle));
-  return Tensor(handle);
+  const Tensor tensor(handle);
+  if (device_type == aoti_torch_device_type_cpu())
+    ask_for_large_pages(tensor.data_ptr(),
+                        tensor.numel() * static_cast<int64_t>(tensor.element_size()));
+  return tensor;
 }
 
 // ---- the lift to 3-D --------------------------------------------------------------------------
