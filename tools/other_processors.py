@@ -46,12 +46,9 @@ SETUPS = (
     Setup("g++ -O0", "g++", flags=("-O0",), quick=True),
     Setup("clang++ -O3", "clang++"),
     Setup("clang++ -O1", "clang++", flags=("-O1",)),
-    Setup(
-        "g++ -O2 on a processor with AVX2 only",
-        "g++",
-        flags=("-O2",),
-        runner=("qemu-x86_64", "-cpu", "Haswell"),
-    ),
+    Setup("g++ -O2 for AVX2 throughout", "g++", flags=("-O2", "-march=haswell")),
+    # No x86 under emulation: QEMU 7.2 flushes there by what is tiny before rounding, and flushes
+    # float16 subnormals on conversion; x86 processors do neither.
     Setup("AArch64 g++ -O3", **ARM),
     Setup("AArch64 g++ -O0", **ARM, flags=("-O0",), quick=True),
 )
