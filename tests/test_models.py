@@ -1,7 +1,8 @@
 """Models that nobody here wrote, with random weights: converted, they still compute the same.
 
-The packages are for tests only (``pip install --no-deps`` of those named below, and of what they
-import); a model is skipped where its package is missing.
+The packages are for tests only; a model is skipped where its package is missing, and the reason
+says how to install it. (timm, and others that ask for torchvision, are not among them: torchvision
+binds one torch.)
 """
 
 import pytest
@@ -10,12 +11,16 @@ import torch
 import torch_naiveconv as tn
 
 
-def timm(name, size, **arguments):
-    def build():
-        package = pytest.importorskip("timm", reason="pip install --no-deps timm huggingface-hub")
-        return package.create_model(name, pretrained=False, num_classes=5, **arguments)
+def transformers(name, **arguments):
+    """A model of the transformers package: its configuration class, and then itself."""
 
-    return build, (2, 3, size, size)
+    def build():
+        package = pytest.importorskip("transformers", reason="pip install transformers")
+        base = name.removesuffix("Model").removesuffix("ForImageClassification")
+        configuration = getattr(package, f"{base}Config")(**arguments)
+        return getattr(package, name)(configuration)
+
+    return build
 
 
 def basic_unet():
@@ -54,10 +59,24 @@ def unpooling():
     return SegNet()
 
 
+WAV2VEC = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "conv_dim": [16] * 7,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+}
+CONVNEXT = {"depths": [1, 1, 2, 1], "hidden_sizes": [16, 32, 48, 64]}
 MODELS = {
-    "ResNet-50": timm("resnet50", 64),
-    "ConvNeXt": timm("convnext_atto", 64),
-    "MobileNet": timm("mobilenetv3_small_050", 64),
+    "ResNet-50": (transformers("ResNetForImageClassification"), (1, 3, 64, 64)),
+    "ConvNeXt": (transformers("ConvNextForImageClassification", **CONVNEXT), (2, 3, 64, 64)),
+    "MobileNetV2": (
+        transformers("MobileNetV2ForImageClassification", depth_multiplier=0.35),
+        (2, 3, 64, 64),
+    ),
+    "wav2vec 2.0": (transformers("Wav2Vec2Model", **WAV2VEC), (1, 2000)),
     "U-Net": (basic_unet, (1, 1, 32, 32)),
     "SNAC audio decoder": (snac, (1, 32, 8)),
     "SegNet": (unpooling, (2, 1, 16, 16)),
@@ -76,6 +95,7 @@ def test_model(name):
         torch.manual_seed(1)
         optimizer.zero_grad()
         y = model(x)
+        y = y if isinstance(y, torch.Tensor) else y[0]
         y.square().mean().backward()
         return y.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 

@@ -90,7 +90,7 @@ ROWS = [
         "test_wheel.py::test_libraries_use_the_stable_abi_only",
     ),
     (
-        "ResNet-50, ConvNeXt, MobileNet, U-Net, an audio decoder",
+        "ResNet-50, ConvNeXt, MobileNet, U-Net, wav2vec 2.0 ...",
         "agree, forward and training step",
         "test_models.py::test_model",
     ),
