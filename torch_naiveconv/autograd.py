@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from . import ops
 
@@ -36,13 +37,8 @@ def transforms_active() -> bool:
 LIBRARY = torch.library.Library("torch_naiveconv", "FRAGMENT")
 
 
-def _apply(rules: type[_Rules]) -> Callable[..., Any]:
-    """The ``apply`` of a rule set without torch.func's part, and its inspection of signatures."""
-    return super(torch.autograd.Function, rules).apply  # type: ignore[misc]
-
-
 def _autograd_kernel(rules: type[_Rules]) -> Callable[..., Any]:
-    apply = _apply(rules)
+    apply = rules.apply
 
     def kernel(*args: Any) -> Any:
         with enable_single_level_autograd_function():  # torch.func calls this once for each level
@@ -51,11 +47,13 @@ def _autograd_kernel(rules: type[_Rules]) -> Callable[..., Any]:
     return kernel
 
 
-class _Rules(torch.autograd.Function):
+class _Rules(_SingleLevelFunction):
     """What all rule sets share; `tensors` is the number of leading Tensor (or None) arguments."""
 
     op: Any
     tensors: int
+    apply: Any  # of the base class, which works at one level of torch.func
+    vmap: Any
 
     @classmethod
     def forward(cls, *args: Any) -> Any:
@@ -515,11 +513,11 @@ def _differentiable(rules: type[_Rules]) -> Callable[..., Any]:
     """The operator of a rule set, called in the way that the moment asks for.
 
     By the shortest road, since a small call costs what it takes to get there: names bound once,
-    past the signature inspection of ``Function.apply`` and the frame of ``OpOverload.__call__``.
+    past the dispatcher's Autograd key and the frame of ``OpOverload.__call__``.
     """
     op = rules.op
     run, below_autograd = op._op, ops.below_autograd
-    apply, leading = _apply(rules), slice(rules.tensors)
+    apply, leading = rules.apply, slice(rules.tensors)
     is_compiling, is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 
     def call(*args: Any) -> Any:
