@@ -61,63 +61,58 @@ struct Box {  // positions [from, to) on each axis; may reach outside the image
   int64_t size(int axis) const { return to[axis] - from[axis]; }
 };
 
-// How a patch lies in memory: channels apart or innermost, as in the image it is copied from.
+// How a patch lies in memory: channel after channel, whatever the image's memory format.
 struct PatchLayout {
   int64_t channel = 1, axis[3] = {0, 0, 0};
   int64_t elements = 0;  // for one sample
 
-  static PatchLayout of(int64_t channels, const int64_t (&size)[3], bool channels_innermost) {
+  static PatchLayout of(int64_t channels, const int64_t (&size)[3]) {
     PatchLayout p;
-    if (channels_innermost) {
-      p.axis[2] = channels;
-      p.axis[1] = p.axis[2] * size[2];
-      p.axis[0] = p.axis[1] * size[1];
-      p.elements = p.axis[0] * size[0];
-    } else {
-      p.axis[2] = 1;
-      p.axis[1] = size[2];
-      p.axis[0] = p.axis[1] * size[1];
-      // An odd number of cache lines apart, so that channels do not crowd one set of the cache.
-      p.channel = (up(p.axis[0] * size[0], 16) | 1) * 16;
-      p.elements = p.channel * channels;
-    }
+    p.axis[2] = 1;
+    p.axis[1] = size[2];
+    p.axis[0] = p.axis[1] * size[1];
+    // An odd number of cache lines apart, so that channels do not crowd one set of the cache.
+    p.channel = (up(p.axis[0] * size[0], 16) | 1) * 16;
+    p.elements = p.channel * channels;
     return p;
   }
 };
 
-// Copies `channels` channels of the box; what lies outside the image is +0.
+// Copies `channels` channels of the box, every hop-th position of each axis; what lies outside the
+// image is +0.
 template <class T, class S>
 void copy_patch(T* patch, const PatchLayout& layout, const S* image, int64_t image_channel,
                 const int64_t* image_axis, const int64_t (&image_size)[3], const Box& box,
-                int64_t channels) {
-  const bool channels_innermost = layout.channel == 1 && layout.axis[2] != 1;
-  const int64_t width = box.size(2);
-  const int64_t w0 = least(most(-box.from[2], 0), width);
-  const int64_t w1 = most(w0, least(image_size[2] - box.from[2], width));
-  const int64_t outer = channels_innermost ? 1 : channels;
-  for (int64_t c = 0; c < outer; ++c)
-    for (int64_t d = box.from[0]; d < box.to[0]; ++d)
-      for (int64_t h = box.from[1]; h < box.to[1]; ++h) {
-        T* const to = patch + c * layout.channel + (d - box.from[0]) * layout.axis[0] +
-                      (h - box.from[1]) * layout.axis[1];
-        const bool inside = d >= 0 && d < image_size[0] && h >= 0 && h < image_size[1];
+                const int64_t (&hop)[3], int64_t channels) {
+  const int64_t width = up(box.size(2), hop[2]);
+  const int64_t w0 = least(up(most(-box.from[2], 0), hop[2]), width);
+  const int64_t w1 = most(w0, least(up(most(image_size[2] - box.from[2], 0), hop[2]), width));
+  const int64_t step = image_axis[2] * hop[2];
+  const bool transposed = image_channel == 1 && image_axis[2] != 1 && channels > 1;
+  const int64_t at_once = transposed ? channels : 1;  // channels
+  for (int64_t c = 0; c < channels; c += at_once)
+    for (int64_t d = box.from[0], i = 0; d < box.to[0]; d += hop[0], ++i)
+      for (int64_t h = box.from[1], j = 0; h < box.to[1]; h += hop[1], ++j) {
+        T* const to = patch + c * layout.channel + i * layout.axis[0] + j * layout.axis[1];
+        const bool inside = d >= 0 && d < image_size[0] && h >= 0 && h < image_size[1] && w0 < w1;
         if (!inside) {
-          zero_run(to, width * layout.axis[2]);
+          for (int64_t k = 0; k < at_once; ++k) zero_run(to + k * layout.channel, width);
           continue;
         }
-        const S* const from = image + c * image_channel + d * image_axis[0] + h * image_axis[1];
-        zero_run(to, w0 * layout.axis[2]);
-        if (!channels_innermost && image_axis[2] == 1)  // the same row of the next channel
-          for (int64_t w = w0; w < w1; w += 64 / int64_t{sizeof(S)})
-            prefetch(from + image_channel + box.from[2] + w);
-        if (channels_innermost) {
-          for (int64_t w = w0; w < w1; ++w)
-            copy_run(to + w * layout.axis[2], from + (box.from[2] + w) * image_axis[2],
-                     image_channel, channels);
+        const S* const from = image + c * image_channel + d * image_axis[0] + h * image_axis[1] +
+                              box.from[2] * image_axis[2] + w0 * step;
+        if (w0 > 0)
+          for (int64_t k = 0; k < at_once; ++k) zero_run(to + k * layout.channel, w0);
+        if (transposed) {
+          copy_transposed(to + w0, layout.channel, from, step, channels, w1 - w0);
         } else {
-          copy_run(to + w0, from + (box.from[2] + w0) * image_axis[2], image_axis[2], w1 - w0);
+          if (step == 1)  // the same row of the next channel
+            for (int64_t w = 0; w < w1 - w0; w += 64 / int64_t{sizeof(S)})
+              prefetch(from + image_channel + w);
+          copy_run(to + w0, from, step, w1 - w0);
         }
-        zero_run(to + w1 * layout.axis[2], (width - w1) * layout.axis[2]);
+        if (w1 < width)
+          for (int64_t k = 0; k < at_once; ++k) zero_run(to + k * layout.channel + w1, width - w1);
       }
 }
 

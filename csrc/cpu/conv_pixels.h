@@ -164,11 +164,14 @@ bool multiply_images(const Images<S>& call, const GridAxis (&grid)[3], bool& nan
   const int64_t boxes = part[0] * part[1] * part[2] * part[3];
   const int64_t box_samples = up(call.batch, part[0]);
   int64_t box_count[3], patch_size[3], box_rows = box_samples;
+  int64_t hop[3];  // a patch leaves out what a stride steps over
+  for (int a = 0; a < 3; ++a) hop[a] = grid[a].taps == 1 ? grid[a].image_step : 1;
   for (int a = 0; a < 3; ++a) {
     box_count[a] = up(grid[a].count, part[a + 1]);
     box_rows *= box_count[a];
     patch_size[a] =
-        (box_count[a] - 1) * grid[a].image_step + grid[a].most_shift() - grid[a].least_shift() + 1;
+        (box_count[a] - 1) * (grid[a].image_step / hop[a]) + grid[a].most_shift() -
+        grid[a].least_shift() + 1;
   }
 
   // Does a row point into the image or into a patch?
@@ -177,9 +180,11 @@ bool multiply_images(const Images<S>& call, const GridAxis (&grid)[3], bool& nan
   for (int a = 0; a < 3; ++a) {
     patched = patched || grid[a].reads_padding();
     if (a == 2 && wide) patched = patched || call.image_stride[4] != 1 || grid[2].count < L;
-    reach += patch_size[a] * std::llabs(call.image_stride[a + 2]);
+    reach += patch_size[a] * hop[a] * std::llabs(call.image_stride[a + 2]);
   }
-  patched = patched || reach > INT32_MAX;
+  // In place, each term of a row would lie in another page.
+  const bool far_apart = std::llabs(call.image_stride[1]) * int64_t{sizeof(S)} >= 2048;
+  patched = patched || reach > INT32_MAX || far_apart;
   const int64_t channels_in_group = least(call.image_channels, (K::group - 1) / all_taps + 2);
   int64_t patch_channels = 0;
   PatchLayout layout;
@@ -187,8 +192,7 @@ bool multiply_images(const Images<S>& call, const GridAxis (&grid)[3], bool& nan
     const int64_t plane =
         box_samples * patch_size[0] * patch_size[1] * patch_size[2] * int64_t{sizeof(T)};
     patch_channels = least(call.image_channels, most(patch_bytes / plane, channels_in_group));
-    layout = PatchLayout::of(patch_channels, patch_size,
-                             !wide && call.image_stride[1] == 1 && call.image_stride[4] != 1);
+    layout = PatchLayout::of(patch_channels, patch_size);
     if (layout.elements > INT32_MAX / 2 || layout.channel * call.image_channels > INT32_MAX)
       return false;
   } else {
@@ -248,6 +252,10 @@ bool multiply_images(const Images<S>& call, const GridAxis (&grid)[3], bool& nan
     table.start[table.groups] = static_cast<int32_t>(t);
   }
 
+  int64_t row_step[3];  // from pixel to pixel
+  for (int a = 0; a < 3; ++a) row_step[a] = grid[a].image_step / (patched ? hop[a] : 1);
+  // What lies side by side in the weight: the taps of a channel, or the channels of a tap.
+  const int64_t step = call.channel_stride == 1 && K::chains == 1 ? taps : 1;
   const bool one_chunk = !patched || patch_channels == call.image_channels;
   wide = wide && one_chunk;
   const int64_t tasks = call.groups * lane_blocks * boxes;
@@ -304,15 +312,14 @@ bool multiply_images(const Images<S>& call, const GridAxis (&grid)[3], bool& nan
                   to += (grid[a].first + at[a] * grid[a].step) * call.target_stride[a + 2];
                 from = patched ? (n - lower[0]) * layout.elements : n * call.image_stride[0];
                 for (int a = 0; a < 3; ++a)
-                  from +=
-                      (at[a] - (patched ? lower[a + 1] : 0)) * grid[a].image_step * layout.axis[a];
+                  from += (at[a] - (patched ? lower[a + 1] : 0)) * row_step[a] * layout.axis[a];
                 const T* pointer = patched ? patch : reinterpret_cast<const T*>(image);
                 pointer += from;
                 const int64_t width = upper[3] - lower[3];
                 for (int64_t w = 0; w < width; w += wide ? L : 1) {
                   // The last vector of a row that is not a multiple overlaps the one before.
                   if (wide && w + L > width) w = most(width - L, 0);
-                  row[rows] = pointer + w * grid[2].image_step * layout.axis[2];
+                  row[rows] = pointer + w * row_step[2] * layout.axis[2];
                   position[rows++] = to + w * grid[2].step * call.target_stride[4];
                 }
               }
@@ -337,7 +344,7 @@ bool multiply_images(const Images<S>& call, const GridAxis (&grid)[3], bool& nan
               for (int64_t n = lower[0]; n < upper[0]; ++n)
                 copy_patch(patch + (n - lower[0]) * layout.elements, layout,
                            image + n * call.image_stride[0] + chunk_channel * call.image_stride[1],
-                           call.image_stride[1], call.image_stride + 2, image_size, box, channels);
+                           call.image_stride[1], call.image_stride + 2, image_size, box, hop, channels);
             }
             if (wide)
               task_nan |= multiply_wide(call, table, group, row, position, rows,
@@ -355,7 +362,7 @@ bool multiply_images(const Images<S>& call, const GridAxis (&grid)[3], bool& nan
                 const int64_t n = table.start[g + 1] - table.start[g];
                 if (n == 0 && g > 0) continue;
                 pack_panel(panel, tile.vecs, tile.lanes, weight, call.lane_stride,
-                           table.lane + table.start[g], n);
+                           table.lane + table.start[g], n, step);
                 if (g + 1 < g1)
                   prefetch_panel(tile.lanes, weight, call.lane_stride,
                                  table.lane + table.start[g + 1],

@@ -186,8 +186,7 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
               PatchLayout layout;
               const S* const sample = image + n * image_stride[0];
               if (patched) {
-                layout = PatchLayout::of(channel1 - channel0, bands.size,
-                                         image_stride[1] == 1 && image_stride[4] != 1);
+                layout = PatchLayout::of(channel1 - channel0, bands.size);
                 const int64_t image_size[3] = {s.axis[0].in, s.axis[1].in, s.axis[2].in};
                 for (int b = 0; b < bands.count; ++b) {
                   Box box;
@@ -197,7 +196,7 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
                     box.to[a] = axis.input_of(bands.band[b].outputs.to[a] - 1, axis.kernel - 1) + 1;
                   }
                   copy_patch(patch + b * layout.elements, layout, sample, image_stride[1],
-                             image_stride + 2, image_size, box, channel1 - channel0);
+                             image_stride + 2, image_size, box, {1, 1, 1}, channel1 - channel0);
                 }
               } else {
                 layout.channel = image_stride[1];
@@ -255,7 +254,7 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
                   int32_t length[max_chains] = {static_cast<int32_t>(up(terms, K::chains)),
                                                 static_cast<int32_t>(terms / 2)};
                   pack_panel(panel, tile.vecs, tile.lanes, lanes, grad_stride[1], lane_offset + t,
-                             terms);
+                             terms, 1);
                   if (t + K::group < last - first)
                     prefetch_panel(tile.lanes, lanes, grad_stride[1], lane_offset + t + K::group,
                                    terms_of[t / K::group + 1]);

@@ -82,27 +82,61 @@ TNC_INLINE void zero_run(T* dst, int64_t n) {
 template <class T, class S>
 TNC_INLINE void copy_run(T* dst, const S* src, int64_t stride, int64_t n) {
   using V = Vec<T>;
+  constexpr int L = V::lanes;
   int64_t i = 0;
   if (stride == 1) {
-    for (; i + V::lanes <= n; i += V::lanes) V::load(src + i).store(dst + i);
+    for (; i + L <= n; i += L) V::load(src + i).store(dst + i);
     if (i < n) V::load(src + i, static_cast<int>(n - i)).store(dst + i, static_cast<int>(n - i));
-  } else {
-    for (; i < n; ++i) dst[i] = widened(src[i * stride]);
+    return;
   }
+  if (stride == 2)  // the element behind the last one is never read
+    for (; i + L < n; i += L) V::even(V::load(src + 2 * i), V::load(src + 2 * i + L)).store(dst + i);
+  for (; i < n; ++i) dst[i] = widened(src[i * stride]);
 }
 
-// How many of `limit` numbers, from the first on, count up by one.
+// to[c * to_channel + w] = from[w * from_pixel + c] for c < channels, w < pixels
+template <class T, class S>
+void copy_transposed(T* to, int64_t to_channel, const S* from, int64_t from_pixel, int64_t channels,
+                     int64_t pixels) {
+  using V = Vec<T>;
+  constexpr int L = V::lanes;
+  for (int64_t w = 0; w < pixels; w += L)
+    for (int64_t c = 0; c < channels; c += L) {
+      const int wide = static_cast<int>(least(L, pixels - w));
+      const int deep = static_cast<int>(least(L, channels - c));
+      V block[L];
+      if (wide == L && deep == L) {
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) block[i] = V::load(from + (w + i) * from_pixel + c);
+        V::transpose(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) block[i].store(to + (c + i) * to_channel + w);
+      } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i)
+          block[i] = i < wide ? V::load(from + (w + i) * from_pixel + c, deep) : V::zero();
+        V::transpose(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i)
+          if (i < deep) block[i].store(to + (c + i) * to_channel + w, wide);
+      }
+    }
+}
+
+// How many of `limit` numbers, each `step` behind the one before, count up by one.
 template <class Integer>
-TNC_INLINE int run_length(const Integer* number, int64_t limit) {
+TNC_INLINE int run_length(const Integer* number, int64_t limit, int64_t step = 1) {
   int n = 1;
-  while (n < limit && number[n] == number[n - 1] + 1) ++n;
+  while (n < limit && number[n * step] == number[(n - 1) * step] + 1) ++n;
   return n;
 }
 
 // panel[t][j] = src[j * lane_stride + offset[t]] for t < terms, j < lanes; +0 up to vecs vectors.
+// Terms that are `step` apart may lie side by side in memory: the taps of a channel if that is 1,
+// the channels of a tap if it is their number.
 template <class T, class S>
 void pack_panel(T* panel, int vecs, int lanes, const S* src, int64_t lane_stride,
-                const int32_t* offset, int64_t terms) {
+                const int32_t* offset, int64_t terms, int64_t step) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
   const int64_t pitch = int64_t{vecs} * L;
@@ -115,37 +149,40 @@ void pack_panel(T* panel, int vecs, int lanes, const S* src, int64_t lane_stride
     }
     return;
   }
-  for (int64_t t = 0; t < terms;) {
-    const int run = run_length(offset + t, least(terms - t, L));  // side by side in memory
-    const S* const from = src + offset[t];
-    for (int j = 0; j < lanes; j += L) {
-      const int some = lanes - j < L ? lanes - j : L;
-      if (run >= L / 4) {
-        V block[L];
-        if (run == L && some == L) {
+  for (int j = 0; j < lanes; j += L) {
+    const int some = lanes - j < L ? lanes - j : L;
+    const S* const lane = src + j * lane_stride;
+    for (int64_t first = 0; first < step; ++first)
+      for (int64_t t = first; t < terms;) {
+        const int run = run_length(offset + t, least(up(terms - t, step), L), step);
+        const S* const from = lane + offset[t];
+        T* const to = panel + t * pitch + j;
+        const int64_t apart = step * pitch;
+        t += run * step;
+        if (run >= L / 4) {
+          V block[L];
+          if (run == L && some == L) {
 #pragma GCC unroll 16
-          for (int i = 0; i < L; ++i) block[i] = V::load(from + (j + i) * lane_stride);
-          V::transpose(block);
+            for (int i = 0; i < L; ++i) block[i] = V::load(from + i * lane_stride);
+            V::transpose(block);
 #pragma GCC unroll 16
-          for (int i = 0; i < L; ++i) block[i].store(panel + (t + i) * pitch + j);
+            for (int i = 0; i < L; ++i) block[i].store(to + i * apart);
+          } else {
+#pragma GCC unroll 16
+            for (int i = 0; i < L; ++i)
+              block[i] = i < some ? V::load(from + i * lane_stride, run) : V::zero();
+            V::transpose(block);
+#pragma GCC unroll 16
+            for (int i = 0; i < L; ++i)
+              if (i < run) block[i].store(to + i * apart);
+          }
         } else {
-#pragma GCC unroll 16
-          for (int i = 0; i < L; ++i)
-            block[i] = i < some ? V::load(from + (j + i) * lane_stride, run) : V::zero();
-          V::transpose(block);
-#pragma GCC unroll 16
-          for (int i = 0; i < L; ++i)
-            if (i < run) block[i].store(panel + (t + i) * pitch + j);
-        }
-      } else {
-        for (int i = 0; i < run; ++i) {
-          T* const to = panel + (t + i) * pitch + j;
-          for (int l = 0; l < some; ++l) to[l] = widened(from[(j + l) * lane_stride + i]);
-          for (int l = some; l < L; ++l) to[l] = T(0);
+          for (int i = 0; i < run; ++i) {
+            for (int l = 0; l < some; ++l) to[i * apart + l] = widened(from[l * lane_stride + i]);
+            for (int l = some; l < L; ++l) to[i * apart + l] = T(0);
+          }
         }
       }
-    }
-    t += run;
   }
 }
 

@@ -79,6 +79,10 @@ struct Vec<float> {
     const __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lane));
     return {_mm256_permutevar8x32_ps(v, index)};
   }
+  static TNC_INLINE Vec even(Vec a, Vec b) {
+    const __m256d mixed = _mm256_castps_pd(_mm256_shuffle_ps(a.v, b.v, 0x88));
+    return {_mm256_castpd_ps(_mm256_permute4x64_pd(mixed, 0xd8))};
+  }
   static TNC_INLINE void transpose(Vec (&r)[lanes]) {
     __m256 b[8];
 #pragma GCC unroll 2
@@ -153,6 +157,9 @@ struct Vec<double> {
     alignas(32) double from[lanes];
     _mm256_store_pd(from, v);
     return {_mm256_setr_pd(from[lane[0]], from[lane[1]], from[lane[2]], from[lane[3]])};
+  }
+  static TNC_INLINE Vec even(Vec a, Vec b) {
+    return {_mm256_permute4x64_pd(_mm256_unpacklo_pd(a.v, b.v), 0xd8)};
   }
   static TNC_INLINE void transpose(Vec (&r)[lanes]) {
     const __m256d lo0 = _mm256_unpacklo_pd(r[0].v, r[1].v);

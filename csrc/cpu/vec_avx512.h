@@ -63,6 +63,11 @@ struct Vec<float> {
   TNC_INLINE Vec permute(const int32_t* lane) const {
     return {_mm512_permutexvar_ps(_mm512_loadu_si512(lane), v)};
   }
+  static TNC_INLINE Vec even(Vec a, Vec b) {
+    const __m512i index =
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return {_mm512_permutex2var_ps(a.v, index, b.v)};
+  }
   static TNC_INLINE void transpose(Vec (&r)[lanes]) {
     __m512 a[16], b[16];
 #pragma GCC unroll 16
@@ -143,6 +148,9 @@ struct Vec<double> {
   TNC_INLINE Vec permute(const int32_t* lane) const {
     const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lane));
     return {_mm512_permutexvar_pd(_mm512_cvtepi32_epi64(narrow), v)};
+  }
+  static TNC_INLINE Vec even(Vec a, Vec b) {
+    return {_mm512_permutex2var_pd(a.v, _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14), b.v)};
   }
   static TNC_INLINE void transpose(Vec (&r)[lanes]) {
     __m512d a[8];

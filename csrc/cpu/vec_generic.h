@@ -9,6 +9,7 @@
 //   Mask                   greater, is_nan, first(n), select(mask, yes, no), either, any
 //   canonical              every NaN becomes the canonical one
 //   permute(lane)          result[i] = this[lane[i]]
+//   even(a, b)             lanes 0, 2, ... of a, then of b
 //   transpose(r)           lanes x lanes
 //
 // Subnormal operands and results are flushed or kept as FloatEnvironment says, which is the
@@ -101,6 +102,11 @@ struct Vec {
   TNC_INLINE Vec permute(const int32_t* lane) const {
     Vec r;
     for (int i = 0; i < lanes; ++i) r.v[i] = v[lane[i]];
+    return r;
+  }
+  static TNC_INLINE Vec even(Vec a, Vec b) {
+    Vec r;
+    for (int i = 0; i < lanes; ++i) r.v[i] = 2 * i < lanes ? a.v[2 * i] : b.v[2 * i - lanes];
     return r;
   }
   static TNC_INLINE void transpose(Vec (&r)[lanes]) {
