@@ -10,6 +10,7 @@ namespace torch_naiveconv::TNC_ISA {
 
 constexpr int64_t patch_bytes = 1 << 20;  // of a task's patch, unless one group needs more
 constexpr int64_t total_bytes = 1 << 20;  // of a task's totals
+constexpr int64_t phase_bytes = 1 << 20;  // of the samples whose stride phases take turns
 constexpr int64_t rows_of_task = 1024;    // pixels that share a packed panel
 constexpr int64_t work_of_task = 50000;   // multiply-adds below which a thread is not worth waking
 
@@ -71,8 +72,9 @@ struct PatchLayout {
     p.axis[2] = 1;
     p.axis[1] = size[2];
     p.axis[0] = p.axis[1] * size[1];
-    // An odd number of cache lines apart, so that channels do not crowd one set of the cache.
-    p.channel = (up(p.axis[0] * size[0], 16) | 1) * 16;
+    // An odd number of cache lines apart, so that channels do not crowd one set of the cache, and
+    // with slack for the last vector.
+    p.channel = (up(p.axis[0] * size[0] + 15, 16) | 1) * 16;
     p.elements = p.channel * channels;
     return p;
   }

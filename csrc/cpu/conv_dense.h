@@ -60,7 +60,12 @@ bool dense_forward(const ConvProblem& p) {
                        {s.axis[0].kernel, s.axis[1].kernel, s.axis[2].kernel}};
   const GridAxis grid[3] = {forward_axis(s.axis[0]), forward_axis(s.axis[1]),
                             forward_axis(s.axis[2])};
-  bool nan;
+  bool nan = false;
+  // Padding times an infinity or a NaN is a NaN: it may be left out only of finite weights.
+  const int64_t size[5] = {s.out_channels, s.group_in(), s.axis[0].kernel, s.axis[1].kernel,
+                           s.axis[2].kernel};
+  if (worth_cutting(grid) && all_finite<S>(p.weight, size))
+    return multiply_regions(call, grid, nan);
   return multiply_images(call, grid, nan);
 }
 
@@ -83,16 +88,36 @@ bool dense_grad_input(const ConvProblem& p) {
                        s.group_in(),
                        {s.axis[0].kernel, s.axis[1].kernel, s.axis[2].kernel}};
   bool nan = false;
-  for (int64_t d = 0; d < least(s.axis[0].stride, s.axis[0].in); ++d)
-    for (int64_t h = 0; h < least(s.axis[1].stride, s.axis[1].in); ++h)
-      for (int64_t w = 0; w < least(s.axis[2].stride, s.axis[2].in); ++w) {
-        const GridAxis grid[3] = {gradient_axis(s.axis[0], d), gradient_axis(s.axis[1], h),
-                                  gradient_axis(s.axis[2], w)};
-        if (grid[0].taps * grid[1].taps * grid[2].taps == 0)
-          store_no_terms(call, grid);
-        else if (!multiply_images(call, grid, nan))
-          return false;
-      }
+  int64_t phases = 1, taps_of_phases = 1;
+  for (const Axis& a : s.axis) {
+    phases *= least(a.stride, a.in);
+    for (int64_t phase = 0; phase < least(a.stride, a.in); ++phase)
+      if (gradient_axis(a, phase).taps == 0) taps_of_phases = 0;
+  }
+  // The phases of as many samples as stay in the cache while they are written.
+  const int64_t sample = s.in_channels * s.inputs() * int64_t{sizeof(S)};
+  const int64_t at_once = phases == 1 ? s.batch : most(phase_bytes / sample, 1);
+  for (int64_t n = 0; n < s.batch; n += at_once) {
+    Images<S> part = call;
+    part.image += n * p.output.stride[0];
+    part.target += n * p.input.stride[0];
+    part.batch = least(at_once, s.batch - n);
+    if (taps_of_phases == 0) {
+      GridAxis all[3];
+      for (int a = 0; a < 3; ++a) all[a].count = s.axis[a].in;
+      store_bias(part, all);
+    }
+    for (int64_t d = 0; d < least(s.axis[0].stride, s.axis[0].in); ++d)
+      for (int64_t h = 0; h < least(s.axis[1].stride, s.axis[1].in); ++h)
+        for (int64_t w = 0; w < least(s.axis[2].stride, s.axis[2].in); ++w) {
+          const GridAxis grid[3] = {gradient_axis(s.axis[0], d), gradient_axis(s.axis[1], h),
+                                    gradient_axis(s.axis[2], w)};
+          if (grid[0].taps * grid[1].taps * grid[2].taps == 0) continue;
+          if (!(worth_cutting(grid) ? multiply_regions(part, grid, nan)
+                                    : multiply_images(part, grid, nan)))
+            return false;
+        }
+  }
   // Where a tap meets no output the loops multiplied the weight by +0: the term that does not
   // exist, unless the weight is not finite, and then a NaN came out.
   const int64_t size[5] = {s.out_channels, s.group_in(), s.axis[0].kernel, s.axis[1].kernel,

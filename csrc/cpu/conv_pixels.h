@@ -143,7 +143,11 @@ bool multiply_images(const Images<S>& call, const GridAxis (&grid)[3], bool& nan
   // Few channels would leave most of a vector empty: then rather have vectors of pixels.
   const double channels_used = double(call.lanes) / double(lane_vecs * L);
   const double pixels_used = double(grid[2].count) / double(up(grid[2].count, L) * L);
-  bool wide = grid[2].image_step == 1 && pixels_used > 1.25 * channels_used;
+  // So would a single vector of channels leave most registers, and with few terms for each output
+  // the transposed store costs as much as the products.
+  const double tile_used = channels_used * (lane_vecs == 1 ? 0.6 : 1.0);
+  const bool cheap_store = false;
+  bool wide = grid[2].image_step == 1 && pixels_used > (cheap_store ? 0.8 : 1.25 * tile_used);
   int64_t lane_blocks = 1;
   if (!wide && call.batch * pixels * call.groups < threads * rows_of_task && work > work_of_task)
     lane_blocks = least(threads, up(lane_vecs, TileSize<T, K::chains>::vecs));
@@ -266,7 +270,7 @@ bool multiply_images(const Images<S>& call, const GridAxis (&grid)[3], bool& nan
         Arena& arena = task_arena();
         const int64_t most_vecs = up(lane_vecs, lane_blocks);
         const int64_t total_size =
-            wide ? Size::rows * Size::vecs * L
+            wide ? Vec<T>::registers * L
                  : box_rows * L * (one_chunk ? least(most_vecs, Size::vecs) : most_vecs);
         const int64_t panel_size = wide ? terms * Size::rows : K::group * L * Size::vecs;
         const int64_t patch_size_all = patched ? box_samples * layout.elements + L : 0;
@@ -387,30 +391,115 @@ bool multiply_images(const Images<S>& call, const GridAxis (&grid)[3], bool& nan
   return true;
 }
 
-// Writes the bias, or +0, to every pixel of a grid that no tap connects with the image.
+// Writes the bias, or +0, to every pixel of a grid: the result where no tap meets the image.
 template <class S>
-void store_no_terms(const Images<S>& call, const GridAxis (&grid)[3]) {
+void store_bias(const Images<S>& call, const GridAxis (&grid)[3]) {
   using T = typename Kind<S>::T;
-  const int64_t channels = call.groups * call.lanes;
-  parallel_for(call.batch * channels, up(4096, grid[1].count * grid[2].count), Kind<S>::mode,
+  constexpr int L = Vec<T>::lanes;
+  const int64_t channels = call.groups * call.lanes, width = grid[2].count;
+  const int64_t planes = grid[0].count * grid[1].count;
+  Arena& plan = plan_arena();
+  plan.reset(Arena::bytes_for<S>(channels) + Arena::bytes_for<T>(2 * up(channels, L) * L));
+  S* const value = plan.take<S>(channels);
+  T* const bias = plan.take<T>(up(channels, L) * L);
+  T* const total = plan.take<T>(up(channels, L) * L);
+  zero_run(total, channels);
+  zero_run(bias, channels);
+  for (int64_t c = 0; c < channels && call.bias; ++c) bias[c] = widened(call.bias[c]);
+  const int64_t start = 0;
+  store_rows(total, 1, static_cast<int>(up(channels, L)), static_cast<int>(channels), bias, value,
+             &start, 1);
+  parallel_for(call.batch * planes, up(16384, width * channels), Kind<S>::mode,
                [&](int64_t begin, int64_t end) {
+                 const int64_t to_channel = call.target_stride[1];
+                 const int64_t to_pixel = grid[2].step * call.target_stride[4];
                  for (int64_t i = begin; i < end; ++i) {
-                   const int64_t n = i / channels, c = i % channels;
-                   const int64_t zero_position = 0;
-                   T bias[Vec<T>::lanes] = {}, total[Vec<T>::lanes] = {};
-                   if (call.bias) bias[0] = widened(call.bias[c]);
-                   S value;
-                   store_rows(total, 1, 1, 1, bias, &value, &zero_position, 1);
-                   for (int64_t d = 0; d < grid[0].count; ++d)
-                     for (int64_t h = 0; h < grid[1].count; ++h)
-                       for (int64_t w = 0; w < grid[2].count; ++w)
-                         call.target[n * call.target_stride[0] + c * call.target_stride[1] +
-                                     (grid[0].first + d * grid[0].step) * call.target_stride[2] +
-                                     (grid[1].first + h * grid[1].step) * call.target_stride[3] +
-                                     (grid[2].first + w * grid[2].step) * call.target_stride[4]] =
-                             value;
+                   const int64_t d = i % planes / grid[1].count, h = i % grid[1].count;
+                   S* const row = call.target + i / planes * call.target_stride[0] +
+                                  (grid[0].first + d * grid[0].step) * call.target_stride[2] +
+                                  (grid[1].first + h * grid[1].step) * call.target_stride[3] +
+                                  grid[2].first * call.target_stride[4];
+                   if (to_channel == 1)
+                     for (int64_t w = 0; w < width; ++w)
+                       __builtin_memcpy(row + w * to_pixel, value,
+                                        static_cast<size_t>(channels) * sizeof(S));
+                   else
+                     for (int64_t c = 0; c < channels; ++c)
+                       for (int64_t w = 0; w < width; ++w)
+                         row[c * to_channel + w * to_pixel] = value[c];
                  }
                });
+}
+
+// ---- regions: parts of a grid in which no tap, or every tap that is left, meets the image --------
+
+// Cuts an axis where the set of taps that read inside of the image changes.
+inline std::vector<GridAxis> regions_of(const GridAxis& axis) {
+  std::vector<int64_t> cuts = {0, axis.count};
+  const auto first_inside = [&](int64_t tap) {
+    return most(up(most(-axis.shift(tap), 0), axis.image_step), 0);
+  };
+  const auto end_inside = [&](int64_t tap) {
+    return least(up(most(axis.image_size - axis.shift(tap), 0), axis.image_step), axis.count);
+  };
+  for (int64_t i = 0; i < axis.taps; ++i) {
+    cuts.push_back(least(first_inside(i), axis.count));
+    cuts.push_back(end_inside(i));
+  }
+  std::sort(cuts.begin(), cuts.end());
+  std::vector<GridAxis> regions;
+  for (size_t c = 0; c + 1 < cuts.size(); ++c) {
+    if (cuts[c] == cuts[c + 1]) continue;
+    GridAxis part = axis;
+    part.count = cuts[c + 1] - cuts[c];
+    part.first += cuts[c] * axis.step;
+    part.taps = 0;
+    for (int64_t i = 0; i < axis.taps; ++i) {
+      if (first_inside(i) > cuts[c] || end_inside(i) < cuts[c + 1]) continue;
+      if (part.taps++ > 0) continue;
+      part.first_tap = axis.tap(i);
+      part.first_shift = axis.shift(i) + cuts[c] * axis.image_step;
+    }
+    regions.push_back(part);
+  }
+  return regions;
+}
+
+// The share of the products of a grid that do not read padding.
+inline double share_inside(const GridAxis (&grid)[3]) {
+  double share = 1;
+  for (const GridAxis& g : grid) {
+    int64_t inside = 0;
+    for (const GridAxis& part : regions_of(g)) inside += part.count * part.taps;
+    share *= double(inside) / double(g.count * g.taps);
+  }
+  return share;
+}
+
+// Do regions pay? A few large ones with much less to multiply do.
+inline bool worth_cutting(const GridAxis (&grid)[3]) {
+  size_t regions = 1;
+  for (const GridAxis& g : grid) {
+    if (!g.reads_padding()) continue;
+    if (g.shift_step < 4 && g.shift_step > -4) return false;  // slivers at the border
+    regions *= regions_of(g).size();
+  }
+  return regions > 1 && regions <= 64 && share_inside(grid) < 0.75;
+}
+
+// multiply_images without the products that read padding.
+template <class S>
+bool multiply_regions(const Images<S>& call, const GridAxis (&grid)[3], bool& nan) {
+  for (const GridAxis& d : regions_of(grid[0]))
+    for (const GridAxis& h : regions_of(grid[1]))
+      for (const GridAxis& w : regions_of(grid[2])) {
+        const GridAxis part[3] = {d, h, w};
+        if (d.taps * h.taps * w.taps == 0)
+          store_bias(call, part);
+        else if (!multiply_images(call, part, nan))
+          return false;
+      }
+  return true;
 }
 
 }  // namespace torch_naiveconv::TNC_ISA

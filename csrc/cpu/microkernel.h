@@ -20,9 +20,10 @@ struct TileSize {
   static constexpr int vecs = Vec<T>::registers == 32 ? 3 : 2;
   static constexpr int rows = (Vec<T>::registers == 32 ? 8 : 6) / Chains;
 
-  // Of a wide tile: vectors that go with a number of rows.
+  // Of a wide tile: vectors that go with a number of rows, so that the chains, the lanes and a row
+  // fit the registers: one chain in memory would halve the speed.
   static constexpr int wide_vecs(int some_rows) {
-    const int fit = rows * vecs / some_rows;
+    const int fit = (Vec<T>::registers - 1) / (some_rows * Chains + 1);
     return fit > 8 / Chains ? 8 / Chains : fit;
   }
 };

@@ -71,11 +71,11 @@ TNC_INLINE float widened(Half x) {
 
 TNC_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
+// zero_run, copy_run and copy_transposed write whole vectors: up to L - 1 elements behind the last.
+// What belongs there is written later, or is slack.
 template <class T>
 TNC_INLINE void zero_run(T* dst, int64_t n) {
-  using V = Vec<T>;
-  for (; n > V::lanes; n -= V::lanes, dst += V::lanes) V::zero().store(dst);
-  if (n > 0) V::zero().store(dst, static_cast<int>(n));
+  for (int64_t i = 0; i < n; i += Vec<T>::lanes) Vec<T>::zero().store(dst + i);
 }
 
 // dst[i] = src[i * stride]
@@ -86,7 +86,7 @@ TNC_INLINE void copy_run(T* dst, const S* src, int64_t stride, int64_t n) {
   int64_t i = 0;
   if (stride == 1) {
     for (; i + L <= n; i += L) V::load(src + i).store(dst + i);
-    if (i < n) V::load(src + i, static_cast<int>(n - i)).store(dst + i, static_cast<int>(n - i));
+    if (i < n) V::load(src + i, static_cast<int>(n - i)).store(dst + i);
     return;
   }
   if (stride == 2)  // the element behind the last one is never read
@@ -118,7 +118,7 @@ void copy_transposed(T* to, int64_t to_channel, const S* from, int64_t from_pixe
         V::transpose(block);
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i)
-          if (i < deep) block[i].store(to + (c + i) * to_channel + w, wide);
+          if (i < deep) block[i].store(to + (c + i) * to_channel + w);
       }
     }
 }

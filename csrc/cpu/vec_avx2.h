@@ -50,7 +50,22 @@ struct Vec<float> {
   static TNC_INLINE Vec load(const BFloat16* p, int n) { return widened(load_some(p, n)); }
 
   TNC_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
-  TNC_INLINE void store(float* p, int n) const { _mm256_maskstore_ps(p, window(n), v); }
+  // In pieces: a masked store is slow on AMD.
+  TNC_INLINE void store(float* p, int n) const {
+    if (n >= lanes) return store(p);
+    __m128 rest = _mm256_castps256_ps128(v);
+    if (n & 4) {
+      _mm_storeu_ps(p, rest);
+      rest = _mm256_extractf128_ps(v, 1);
+      p += 4;
+    }
+    if (n & 2) {
+      _mm_storel_pi(reinterpret_cast<__m64*>(p), rest);
+      rest = _mm_movehl_ps(rest, rest);
+      p += 2;
+    }
+    if (n & 1) _mm_store_ss(p, rest);
+  }
   TNC_INLINE void store(Half* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves());
   }
@@ -136,7 +151,16 @@ struct Vec<double> {
   static TNC_INLINE Vec load(const double* p) { return {_mm256_loadu_pd(p)}; }
   static TNC_INLINE Vec load(const double* p, int n) { return {_mm256_maskload_pd(p, window(n))}; }
   TNC_INLINE void store(double* p) const { _mm256_storeu_pd(p, v); }
-  TNC_INLINE void store(double* p, int n) const { _mm256_maskstore_pd(p, window(n), v); }
+  TNC_INLINE void store(double* p, int n) const {
+    if (n >= lanes) return store(p);
+    __m128d rest = _mm256_castpd256_pd128(v);
+    if (n & 2) {
+      _mm_storeu_pd(p, rest);
+      rest = _mm256_extractf128_pd(v, 1);
+      p += 2;
+    }
+    if (n & 1) _mm_store_sd(p, rest);
+  }
 
   friend TNC_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_pd(a.v, b.v)}; }
   friend TNC_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_pd(a.v, b.v)}; }
