@@ -167,9 +167,13 @@ bool dense_grad_weight(const ConvProblem& p) {
   const ConvShape& s = p.shape;
   if (p.total != nullptr) return multiply_windows<S>(p, false);
   if (s.groups == 1 && is_pointwise(s)) {
-    // Packing a vector of lanes costs about as much as 8 products.
-    const bool swap =
-        up(s.in_channels, L) * (8 + s.out_channels) < up(s.out_channels, L) * (8 + s.in_channels);
+    // Packing a vector of lanes costs about as much as 8 products; few rows, or one vector of lanes
+    // only, are too few chains to hide the latency of an fma.
+    const auto cost = [](int64_t lanes, int64_t rows) {
+      const int64_t vecs = up(lanes, L);
+      return vecs * 8 + (vecs == 1 ? 2 : vecs) * most(rows, 3);
+    };
+    const bool swap = cost(s.in_channels, s.out_channels) < cost(s.out_channels, s.in_channels);
     return multiply_windows<S>(swap ? swapped(p) : p, false);
   }
   const int64_t size[5] = {s.batch, s.out_channels, s.axis[0].out, s.axis[1].out, s.axis[2].out};

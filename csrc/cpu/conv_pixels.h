@@ -186,9 +186,9 @@ bool multiply_images(const Images<S>& call, const GridAxis (&grid)[3], bool& nan
     if (a == 2 && wide) patched = patched || call.image_stride[4] != 1 || grid[2].count < L;
     reach += patch_size[a] * hop[a] * std::llabs(call.image_stride[a + 2]);
   }
-  // In place, each term of a row would lie in another page.
-  const bool far_apart = std::llabs(call.image_stride[1]) * int64_t{sizeof(S)} >= 2048;
-  patched = patched || reach > INT32_MAX || far_apart;
+  // In place, the terms of a row should lie side by side: a patch is compact.
+  const bool side_by_side = call.image_stride[1] == 1 && taps == 1 && grid[2].image_step == 1;
+  patched = patched || reach > INT32_MAX || !side_by_side;
   const int64_t channels_in_group = least(call.image_channels, (K::group - 1) / all_taps + 2);
   int64_t patch_channels = 0;
   PatchLayout layout;
