@@ -100,10 +100,10 @@ bool multiply_wide(const Images<S>& call, const Terms& table, int64_t group, con
         panel[t * rows + i] = widened(weight[i * call.lane_stride + table.lane[t]]);
     int vecs = 0;
     for (int64_t v = 0; v < vectors; v += vecs) {
-      const Tile<T> tile = wide_tile_of<T, chains>(rows, vectors - v, vecs);
+      const Tiles<T> tile = wide_tile_of<T, chains>(rows, vectors - v, vecs);
       for (int64_t g = 0; g < table.groups; ++g)
-        tile(at + v, table.row + table.start[g], table.length + g * chains,
-             panel + table.start[g] * rows, total, g > 0, at[least(v + vecs, vectors - 1)]);
+        tile(1, at + v, table.row + table.start[g], table.length + g * chains,
+             panel + table.start[g] * rows, total, g > 0, at + vectors - 1);
       for (int i = 0; i < rows; ++i) {
         const int64_t channel = group * call.lanes + first + i;
         const V bias = V::broadcast(call.bias ? widened(call.bias[channel]) : T(0));
@@ -173,9 +173,8 @@ bool multiply_images(const Images<S>& call, const GridAxis (&grid)[3], bool& nan
   for (int a = 0; a < 3; ++a) {
     box_count[a] = up(grid[a].count, part[a + 1]);
     box_rows *= box_count[a];
-    patch_size[a] =
-        (box_count[a] - 1) * (grid[a].image_step / hop[a]) + grid[a].most_shift() -
-        grid[a].least_shift() + 1;
+    patch_size[a] = (box_count[a] - 1) * (grid[a].image_step / hop[a]) + grid[a].most_shift() -
+                    grid[a].least_shift() + 1;
   }
 
   // Does a row point into the image or into a patch?
@@ -348,7 +347,8 @@ bool multiply_images(const Images<S>& call, const GridAxis (&grid)[3], bool& nan
               for (int64_t n = lower[0]; n < upper[0]; ++n)
                 copy_patch(patch + (n - lower[0]) * layout.elements, layout,
                            image + n * call.image_stride[0] + chunk_channel * call.image_stride[1],
-                           call.image_stride[1], call.image_stride + 2, image_size, box, hop, channels);
+                           call.image_stride[1], call.image_stride + 2, image_size, box, hop,
+                           channels);
             }
             if (wide)
               task_nan |= multiply_wide(call, table, group, row, position, rows,
@@ -431,7 +431,8 @@ void store_bias(const Images<S>& call, const GridAxis (&grid)[3]) {
                });
 }
 
-// ---- regions: parts of a grid in which no tap, or every tap that is left, meets the image --------
+// ---- regions: parts of a grid in which no tap, or every tap that is left, meets the image
+// --------
 
 // Cuts an axis where the set of taps that read inside of the image changes.
 inline std::vector<GridAxis> regions_of(const GridAxis& axis) {

@@ -28,79 +28,87 @@ struct TileSize {
   }
 };
 
-// `length[c]` terms of chain c, chain after chain; `total` has Rows rows of Vecs vectors and is
-// begun from +0 unless `resume`. `ahead` points like `in_place` at what will be read soon.
+// `tiles` of them, one below the other: their pointers follow in `in_place`, their rows in `total`,
+// whose Rows x Vecs vectors a tile begin from +0 unless `resume`. `length[c]` terms of chain c,
+// chain after chain. `last` is the last pointer of the whole work: what lies ahead is asked for
+// early.
 template <class T, int Chains, int Rows, int Vecs, bool Wide>
-void multiply_tile(const T* const* in_place, const int32_t* offset, const int32_t* length,
-                   const T* panel, T* total, bool resume, const T* ahead) {
+void multiply_tiles(int64_t tiles, const T* const* in_place, const int32_t* offset,
+                    const int32_t* length, const T* panel, T* total, bool resume,
+                    const T* const* last) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
   constexpr int pointers = Wide ? Vecs : Rows;
-  const T* at[pointers];
-  V chain[Chains][Rows][Vecs];
+  for (; tiles > 0; --tiles, in_place += pointers, total += Rows * Vecs * L) {
+    const int32_t* term = offset;
+    const T* packed = panel;
+    const T* const ahead = last - in_place > 2 * pointers ? in_place[2 * pointers] : *last;
+    const T* at[pointers];
+    V chain[Chains][Rows][Vecs];
 #pragma GCC unroll 16
-  for (int i = 0; i < pointers; ++i) at[i] = in_place[i];
+    for (int i = 0; i < pointers; ++i) at[i] = in_place[i];
 #pragma GCC unroll 2
-  for (int c = 0; c < Chains; ++c) {
+    for (int c = 0; c < Chains; ++c) {
+#pragma GCC unroll 16
+      for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < Vecs; ++j) chain[c][i][j] = V::zero();
+      for (int32_t n = length[c]; n > 0; --n) {
+        const int64_t o = *term++;
+        prefetch(ahead + o);
+        V lane[Vecs];
+#pragma GCC unroll 8
+        for (int j = 0; j < Vecs; ++j) lane[j] = V::load(Wide ? at[j] + o : packed + j * L);
+#pragma GCC unroll 16
+        for (int i = 0; i < Rows; ++i) {
+          const V row = V::broadcast(Wide ? packed[i] : at[i][o]);
+#pragma GCC unroll 8
+          for (int j = 0; j < Vecs; ++j) chain[c][i][j] = fma(row, lane[j], chain[c][i][j]);
+        }
+        packed += Wide ? Rows : Vecs * L;
+      }
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 8
-      for (int j = 0; j < Vecs; ++j) chain[c][i][j] = V::zero();
-    for (int32_t n = length[c]; n > 0; --n) {
-      const int64_t o = *offset++;
-      prefetch(ahead + o);
-      V lane[Vecs];
-#pragma GCC unroll 8
-      for (int j = 0; j < Vecs; ++j) lane[j] = V::load(Wide ? at[j] + o : panel + j * L);
-#pragma GCC unroll 16
-      for (int i = 0; i < Rows; ++i) {
-        const V row = V::broadcast(Wide ? panel[i] : at[i][o]);
-#pragma GCC unroll 8
-        for (int j = 0; j < Vecs; ++j) chain[c][i][j] = fma(row, lane[j], chain[c][i][j]);
+      for (int j = 0; j < Vecs; ++j) {
+        T* const p = total + (i * Vecs + j) * L;
+        V sum = chain[0][i][j];
+        if constexpr (Chains == 2) sum = sum + chain[1][i][j];
+        ((resume ? V::load(p) : V::zero()) + sum).store(p);
       }
-      panel += Wide ? Rows : Vecs * L;
-    }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < Vecs; ++j) {
-      T* const p = total + (i * Vecs + j) * L;
-      V sum = chain[0][i][j];
-      if constexpr (Chains == 2) sum = sum + chain[1][i][j];
-      ((resume ? V::load(p) : V::zero()) + sum).store(p);
-    }
 }
 
 template <class T>
-using Tile = void (*)(const T* const*, const int32_t*, const int32_t*, const T*, T*, bool,
-                      const T*);
+using Tiles = void (*)(int64_t, const T* const*, const int32_t*, const int32_t*, const T*, T*, bool,
+                       const T* const*);
 
 // The tile of `rows` x `vecs`, 1 <= rows <= TileSize::rows, 1 <= vecs <= TileSize::vecs.
 template <class T, int Chains, int Rows = TileSize<T, Chains>::rows>
-TNC_INLINE Tile<T> tile_of(int rows, int vecs) {
+TNC_INLINE Tiles<T> tile_of(int rows, int vecs) {
   if constexpr (Rows > 1) {
     if (rows < Rows) return tile_of<T, Chains, Rows - 1>(rows, vecs);
   }
   if constexpr (TileSize<T, Chains>::vecs == 3) {
-    if (vecs == 3) return multiply_tile<T, Chains, Rows, 3, false>;
+    if (vecs == 3) return multiply_tiles<T, Chains, Rows, 3, false>;
   }
-  return vecs == 2 ? multiply_tile<T, Chains, Rows, 2, false>
-                   : multiply_tile<T, Chains, Rows, 1, false>;
+  return vecs == 2 ? multiply_tiles<T, Chains, Rows, 2, false>
+                   : multiply_tiles<T, Chains, Rows, 1, false>;
 }
 
 // The widest tile of `rows` rows that has at most `limit` vectors; `vecs` becomes its width, which
 // is the largest, halved some times.
 template <class T, int Chains, int Rows, int Vecs>
-TNC_INLINE Tile<T> wide_tile_within(int64_t limit, int& vecs) {
+TNC_INLINE Tiles<T> wide_tile_within(int64_t limit, int& vecs) {
   if constexpr (Vecs > 1) {
     if (limit < Vecs) return wide_tile_within<T, Chains, Rows, Vecs / 2>(limit, vecs);
   }
   vecs = Vecs;
-  return multiply_tile<T, Chains, Rows, Vecs, true>;
+  return multiply_tiles<T, Chains, Rows, Vecs, true>;
 }
 template <class T, int Chains, int Rows = TileSize<T, Chains>::rows>
-TNC_INLINE Tile<T> wide_tile_of(int rows, int64_t limit, int& vecs) {
+TNC_INLINE Tiles<T> wide_tile_of(int rows, int64_t limit, int& vecs) {
   if constexpr (Rows > 1) {
     if (rows < Rows) return wide_tile_of<T, Chains, Rows - 1>(rows, limit, vecs);
   }
@@ -112,15 +120,12 @@ template <class T, int Chains>
 void multiply_rows(const T* const* row, int64_t rows, const int32_t* offset, const int32_t* length,
                    const T* panel, int vecs, T* total, bool resume) {
   constexpr int step = TileSize<T, Chains>::rows;
-  const Tile<T> full = tile_of<T, Chains>(step, vecs);
-  const int64_t pitch = vecs * Vec<T>::lanes;
-  int64_t r = 0;
-  for (; r + step <= rows; r += step)
-    full(row + r, offset, length, panel, total + r * pitch, resume,
-         row[least(r + 2 * step, rows - 1)]);
-  if (r < rows)
-    tile_of<T, Chains>(static_cast<int>(rows - r), vecs)(row + r, offset, length, panel,
-                                                         total + r * pitch, resume, row[rows - 1]);
+  const int64_t whole = rows / step * step;
+  const T* const* const last = row + rows - 1;
+  tile_of<T, Chains>(step, vecs)(rows / step, row, offset, length, panel, total, resume, last);
+  if (whole < rows)
+    tile_of<T, Chains>(static_cast<int>(rows - whole), vecs)(
+        1, row + whole, offset, length, panel, total + whole * vecs * Vec<T>::lanes, resume, last);
 }
 
 }  // namespace torch_naiveconv::TNC_ISA
