@@ -331,18 +331,20 @@ NUMBERS = (*FLOATS, *INTEGERS, *COMPLEX)
 STRIDED = torch.strided
 
 
-def _check_conv_tensors(dims: int, input: Any, weight: Any, bias: Any, filters: bool) -> None:
-    """Types, ranks and devices; the common case is one comparison each."""
-    if not (
+def _check_conv_tensors(dims: int, input: Any, weight: Any, bias: Any, filters: bool) -> bool:
+    """Types, ranks and devices; the common case is one comparison each. Says if it was that one:
+    real floating-point tensors."""
+    plain = (
         type(input) is Tensor
         and isinstance(weight, Tensor)
         and (dtype := input.dtype) is weight.dtype
         and dtype in FLOATS
-        and input.device == weight.device
+        and (input.is_cpu and weight.is_cpu or input.device == weight.device)
         and weight.dim() == dims + 2
         and weight.dim() - input.dim() in (0, 1)
         and input.layout is weight.layout is STRIDED
-    ):
+    )
+    if not plain:
         _check_tensor("input", input, (dims + 1, dims + 2), NUMBERS)
         _check_tensor("weight", weight, (dims + 2,), NUMBERS)
         _check_alike("weight", weight, "input", input)
@@ -355,6 +357,7 @@ def _check_conv_tensors(dims: int, input: Any, weight: Any, bias: Any, filters: 
                 f"bias has {bias.shape[0]} elements, but weight has {weight.shape[0]} filters: "
                 "pass one bias per filter"
             )
+    return plain
 
 
 def _row(kind: str, impl: str | None, device: torch.device) -> str:
@@ -437,7 +440,7 @@ def _conv(
 ) -> Tensor:
     if _autocast_enabled(input):
         input, weight, bias = _autocast(input, weight, bias)
-    _check_conv_tensors(dims, input, weight, bias, True)
+    plain = _check_conv_tensors(dims, input, weight, bias, True)
     row = "auto" if impl is None else _row("conv", impl, input.device)
     batched = input.dim() == dims + 2
     if not batched:
@@ -448,11 +451,11 @@ def _conv(
     if padding_mode != "zeros":
         input = _pad(input, padding, padding_mode)
         padding = [0] * (2 * dims)
-    if input.is_complex():
+    if plain or not input.is_complex():
+        output = autograd.conv(input, weight, bias, stride, padding, dilation, groups, row)
+    else:
         arguments = (stride, padding, dilation, groups, row)
         output = _by_parts(autograd.conv, input, weight, bias, arguments)
-    else:
-        output = autograd.conv(input, weight, bias, stride, padding, dilation, groups, row)
     return output if batched else output.squeeze(0)
 
 
