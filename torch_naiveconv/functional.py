@@ -400,7 +400,8 @@ def _pad(input: Tensor, padding: list[int], mode: str) -> Tensor:
     if mode not in PADDING_MODES:
         raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {mode!r}")
     for i in range(len(padding) // 2):
-        size, limit = input.shape[2 + i], input.shape[2 + i] - (mode == "reflect")
+        size = input.shape[2 + i]
+        limit = size - 1 if mode == "reflect" else size
         before, after = padding[2 * i : 2 * i + 2]
         if mode != "replicate" and max(before, after) > limit:
             raise ValueError(
