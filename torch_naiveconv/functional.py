@@ -301,6 +301,10 @@ def _pool_geometry(
 def _check_tensor(name: str, t: Any, ranks: tuple[int, ...], dtypes: tuple[Any, ...]) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+    if t.is_nested:
+        raise TypeError(
+            f"{name} must not be nested: use .to_padded_tensor(0), or one call for each"
+        )
     if t.dim() not in ranks:
         expected = " or ".join(f"{rank}-D" for rank in ranks)
         raise ValueError(f"{name} must be {expected}, got {t.dim()}-D of shape {tuple(t.shape)}")
@@ -342,6 +346,7 @@ def _check_conv_tensors(dims: int, input: Any, weight: Any, bias: Any, filters: 
         and weight.dim() == dims + 2
         and weight.dim() - input.dim() in (0, 1)
         and input.layout is weight.layout is STRIDED
+        and not (input.is_nested or weight.is_nested)
     ):
         _check_tensor("input", input, (dims + 1, dims + 2), NUMBERS)
         _check_tensor("weight", weight, (dims + 2,), NUMBERS)
