@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 import torch_naiveconv
-
 from torch_naiveconv import __main__ as cli
 from torch_naiveconv.commands import doctor
 
