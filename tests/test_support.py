@@ -100,7 +100,7 @@ ROWS = [
         "test_doctor.py::test_a_package_that_cannot_be_imported",
     ),
     (
-        "Sparse, nested, quantized tensors",
+        "Sparse and nested tensors, float8",
         "refused, with what to do",
         "test_errors.py::test_bad_input",
     ),
