@@ -1,9 +1,15 @@
 """The doctor command: its report, and one line of advice for each thing that can be wrong."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+import torch_naiveconv
 from torch_naiveconv import __main__ as cli
 from torch_naiveconv.commands import doctor
 
@@ -46,3 +52,40 @@ def test_advice(expected):
     assert len(lines) == 1
     assert expected in lines[0]
     assert "\n" not in lines[0]
+
+
+def library_of_another_machine(package):
+    library = package / "_cpu.so"
+    data = bytearray(library.read_bytes())
+    data[18:20] = (0xF3).to_bytes(2, "little")  # e_machine of the ELF header: RISC-V
+    library.write_bytes(data)
+
+
+BROKEN = {
+    "_cpu.so is not built: run `pip install": lambda package: (package / "_cpu.so").unlink(),
+    "does not fit this machine or this torch": library_of_another_machine,
+    "too old: pip install 'torch>=2.11'": lambda package: (package / "ops.py").write_text(
+        (package / "ops.py")
+        .read_text()
+        .replace("_load()\nNAME", "torch.__version__ = '2.10.1'\n_load()\nNAME")
+    ),
+}
+
+
+@pytest.mark.parametrize("expected", BROKEN)
+def test_a_package_that_cannot_be_imported(expected, tmp_path):
+    """There the doctor does not come to speak; the last line says what to do all the same."""
+    package = tmp_path / "torch_naiveconv"
+    shutil.copytree(Path(torch_naiveconv.__file__).parent, package)
+    BROKEN[expected](package)
+    run = subprocess.run(
+        [sys.executable, "-m", "torch_naiveconv", "doctor"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError") and expected in last

@@ -6,6 +6,7 @@ import torch
 from torch_naiveconv import functional as F
 
 X, W = torch.zeros(2, 4, 6, 6), torch.zeros(6, 4, 3, 3)
+NESTED = torch.nested.nested_tensor([torch.zeros(4, 6, 6), torch.zeros(4, 5, 5)])
 
 
 def conv(x=X, w=W, *args, **kwargs):
@@ -51,6 +52,19 @@ BAD = [
     (conv(w=W.double()), TypeError, r"weight\.to\(input\.dtype\)"),
     (conv(X.bool(), W.bool()), TypeError, "input is torch.bool, which is not supported"),
     (conv(X.to_sparse()), TypeError, "to_dense"),
+    (conv(w=W.to_sparse()), TypeError, "weight must be a dense tensor"),
+    (conv(bias=torch.zeros(6).to_sparse()), TypeError, "bias must be a dense tensor"),
+    (conv(NESTED), TypeError, "input must not be nested"),
+    (
+        conv(X.to(torch.float8_e5m2), W.to(torch.float8_e5m2)),
+        TypeError,
+        "float8_e5m2, which is not",
+    ),
+    (conv(X.to(torch.complex32), W.to(torch.complex32)), TypeError, "complex32, which is not"),
+    (lambda: F.max_pool2d(NESTED, 2), TypeError, "input must not be nested"),
+    (lambda: F.max_pool2d(X.to_sparse(), 2), TypeError, "to_dense"),
+    (lambda: F.max_unpool2d(NESTED, X.long(), 2), TypeError, "input must not be nested"),
+    (lambda: F.conv_transpose2d(NESTED, W), TypeError, "input must not be nested"),
     (conv("image"), TypeError, "input must be a Tensor, got str"),
     (conv(w=torch.zeros(6, 4, 0, 3)), ValueError, "empty kernel"),
     (conv(torch.zeros(2, 4, 0, 6), padding=3), ValueError, "no output on spatial axis 0"),

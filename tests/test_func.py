@@ -29,6 +29,9 @@ FUNCTIONS = {
     "max_pool": (lambda m, t: m.max_pool2d(t, 2, 1), X),
     "a network": (lambda m, t: m.max_pool2d(m.conv2d(X, t).tanh(), 2, 1), W),
     "max_unpool": (unpooled, X),
+    # Not linear in t: forward over forward needs the product of the two tangents.
+    "conv by both": (lambda m, t: m.conv2d(t[:1], t, bias=t.sum((1, 2, 3))), W),
+    "conv_transpose by both": (lambda m, t: m.conv_transpose2d(t[:1, :, :1], t), W),
 }
 
 
@@ -46,6 +49,12 @@ def reverse_over(transform):
     return run
 
 
+def nested_jvp(f, levels):
+    for _ in range(levels):
+        f = lambda t, f=f: func.jvp(f, (t,), (t.cos(),))[1]  # noqa: E731
+    return f
+
+
 TRANSFORMS = {
     "grad": lambda f, t: func.grad(cubed(f))(t),
     "vjp": lambda f, t: func.vjp(f, t)[1](f(t))[0],
@@ -59,6 +68,10 @@ TRANSFORMS = {
     "reverse of forward": lambda f, t: func.jacrev(func.jacfwd(cubed(f)))(t),
     "vmap": lambda f, t: func.vmap(f)(torch.stack([t, t + 1, t * 2])),
     "vmap of vmap": lambda f, t: func.vmap(func.vmap(f))(t.expand(2, 3, *t.shape)),
+    "jvp of jvp": lambda f, t: func.jvp(lambda u: func.jvp(f, (u,), (u + 1,))[1], (t,), (t.cos(),))[
+        1
+    ],
+    "jvp of jvp of jvp": lambda f, t: nested_jvp(f, 3)(t),
     "vmap of grad": lambda f, t: func.vmap(func.grad(cubed(f)))(torch.stack([t, t + 1])),
     "vmap of hessian": lambda f, t: func.vmap(func.hessian(cubed(f)))(torch.stack([t, t + 1])),
     "autograd of grad": reverse_over(lambda f, t: func.grad(cubed(f))(t)),
@@ -72,6 +85,42 @@ def test_transform(function, transform):
     ours = TRANSFORMS[transform](lambda u: f(F, u), t)
     torchs = TRANSFORMS[transform](lambda u: f(TF, u), t)
     torch.testing.assert_close(ours, torchs)
+
+
+DIMS = [
+    dims for dims in itertools.product((None, 0, -1), repeat=3) if any(d is not None for d in dims)
+]
+
+
+@pytest.mark.parametrize("name", ["conv2d", "conv_transpose2d"])
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+def test_vmap_over_every_choice_of_arguments(name, dims):
+    """Input, weight and bias mapped or not, any axis, batched inside or not, and gradients."""
+    tensors = [X, W, torch.randn(2, dtype=torch.float64)]
+    stacked = [
+        t if d is None else torch.stack([t, t + 1, t * 2], d)
+        for t, d in zip(tensors, dims, strict=True)
+    ]
+
+    def results(module):
+        def call(*arguments):
+            return getattr(module, name)(*arguments, stride=2, padding=1)
+
+        yield func.vmap(call, dims, -1)(*stacked)
+        yield func.vmap(lambda x, w, b: call(x[0], w, b), dims)(*stacked)
+        yield from func.vmap(func.grad(lambda *a: call(*a).pow(3).sum(), (0, 1, 2)), dims)(*stacked)
+
+    for ours, torchs in zip(results(F), results(TF), strict=True):
+        torch.testing.assert_close(ours, torchs)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("transform", ["vmap", "vmap of grad"])
+def test_vmap_over_nothing(function, transform):
+    """A mapped dimension of 0, which torch refuses or gets wrong."""
+    f, t = FUNCTIONS[function]
+    call = (lambda u: f(F, u)) if transform == "vmap" else func.grad(cubed(lambda u: f(F, u)))
+    assert func.vmap(call)(t.expand(0, *t.shape)).shape == (0, *call(t).shape)
 
 
 def test_vmap_is_folded_into_groups_and_batch():

@@ -15,7 +15,7 @@ BEGIN, END = "<!-- support: begin -->\n", "<!-- support: end -->\n"
 ROWS = [
     (
         "`torch.compile(fullgraph=True)`, dynamic shapes",
-        "one graph for all shapes, the eager bits",
+        "one graph for all shapes ('same' with a stride: one a shape), the eager bits",
         "test_compile.py::test_one_graph_for_all_shapes",
     ),
     (
@@ -88,6 +88,21 @@ ROWS = [
         "One wheel, `py3-none-<platform>`",
         "stable ABI only",
         "test_wheel.py::test_libraries_use_the_stable_abi_only",
+    ),
+    (
+        "The wheel on torch 2.14.1 and 2.15.0",
+        "all of `tools/check_wheel.py`; CI runs it on 2.13.0 and pip's newest",
+        "test_wheel.py::test_wheels",
+    ),
+    (
+        "A broken install",
+        "one line that says what to do",
+        "test_doctor.py::test_a_package_that_cannot_be_imported",
+    ),
+    (
+        "Sparse and nested tensors, float8",
+        "refused, with what to do",
+        "test_errors.py::test_bad_input",
     ),
     (
         "ResNet-50, ConvNeXt, MobileNet, U-Net, wav2vec 2.0 ...",

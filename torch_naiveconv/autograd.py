@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
+from torch.utils._pytree import tree_map_only
 
 from . import ops
 
@@ -47,12 +48,50 @@ def _autograd_kernel(rules: type[_Rules]) -> Callable[..., Any]:
     return kernel
 
 
+def _with_lower_levels(jvp: Callable[..., Any]) -> Callable[..., Any]:
+    """torch calls `jvp` with forward mode off, which would lose the tangents of a jvp around it."""
+
+    def run(ctx: Any, *tangents: Any) -> Any:
+        with forward_ad._set_fwd_grad_enabled(True):
+            return jvp(ctx, *tangents)
+
+    return run
+
+
+def _primals(ctx: Any) -> tuple[Any, ...]:
+    """The saved tensors for use in `jvp`: without their tangents of this level."""
+    return tuple(
+        None if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors
+    )
+
+
+def _also_over_nothing(vmap: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds a mapped dimension of 0 to a vmap rule: it runs on one slice, and none is kept."""
+
+    def run(info: Any, in_dims: Any, *args: Any) -> Any:
+        if info.batch_size:
+            return vmap(info, in_dims, *args)
+        slices = [
+            arg.new_zeros(_replaced(arg.shape, dim, 1)) if isinstance(dim, int) else arg
+            for arg, dim in zip(args, in_dims, strict=True)
+        ]
+        out, out_dims = vmap(info._replace(batch_size=1), in_dims, *slices)
+        return tree_map_only(Tensor, lambda t: t[:0], out), out_dims
+
+    return run
+
+
+def _replaced(shape: torch.Size, dim: int, size: int) -> list[int]:
+    return [size if i == dim else n for i, n in enumerate(shape)]
+
+
 class _Rules(_SingleLevelFunction):
     """What all rule sets share; `tensors` is the number of leading Tensor (or None) arguments."""
 
     op: Any
     tensors: int
     apply: Any  # of the base class, which works at one level of torch.func
+    jvp: Any
     vmap: Any
 
     @classmethod
@@ -66,9 +105,10 @@ class _Rules(_SingleLevelFunction):
 
     @staticmethod
     def register(cls: type[_Rules]) -> type[_Rules]:
+        cls.jvp = staticmethod(_with_lower_levels(cls.jvp))
         # Not torch.library.register_autograd: its kernel drops the tangents of forward mode.
         LIBRARY.impl(cls.op._schema.name, _autograd_kernel(cls), "Autograd")
-        torch.library.register_vmap(cls.op._schema.name, cls.vmap)
+        torch.library.register_vmap(cls.op._schema.name, _also_over_nothing(cls.vmap))
         return cls
 
     @classmethod
@@ -155,7 +195,7 @@ class Conv(_Rules):
 
     @staticmethod
     def jvp(ctx: Any, d_input: Any, d_weight: Any, d_bias: Any, *_: Any) -> Tensor | None:
-        input, weight, _bias = ctx.saved_tensors
+        input, weight, _bias = _primals(ctx)
         arguments = ctx.arguments
         return _sum(
             None if d_input is None else conv(d_input, weight, d_bias, *arguments),
@@ -217,7 +257,7 @@ class ConvGradInput(_Rules):
 
     @staticmethod
     def jvp(ctx: Any, d_grad_output: Any, d_weight: Any, d_bias: Any, *_: Any) -> Tensor | None:
-        grad_output, weight, _bias = ctx.saved_tensors
+        grad_output, weight, _bias = _primals(ctx)
         arguments = ctx.arguments
         if d_grad_output is None and d_weight is None and d_bias is not None:
             d_grad_output = torch.zeros_like(grad_output)
@@ -298,7 +338,7 @@ class ConvGradWeight(_Rules):
 
     @staticmethod
     def jvp(ctx: Any, d_grad_output: Any, d_input: Any, d_total: Any, *_: Any) -> Tensor | None:
-        grad_output, input, total = ctx.saved_tensors
+        grad_output, input, total = _primals(ctx)
         arguments = ctx.arguments
         zero = None if total is None else torch.zeros_like(total)
         return _sum(
@@ -348,7 +388,7 @@ class ConvGradBias(_Rules):
 
     @staticmethod
     def jvp(ctx: Any, d_grad_output: Any, d_total: Any, *_: Any) -> Tensor | None:
-        total = ctx.saved_tensors[1]
+        total = _primals(ctx)[1]
         zero = None if total is None else torch.zeros_like(total)
         moved = (
             None if d_grad_output is None else conv_grad_bias(d_grad_output, zero, *ctx.arguments)
@@ -384,8 +424,8 @@ class MaxPool(_Rules):
         ctx.save_for_forward(chosen)
 
     @staticmethod
-    def chosen(ctx: Any) -> Tensor:
-        (chosen,) = ctx.saved_tensors
+    def chosen(saved: tuple[Tensor, ...]) -> Tensor:
+        (chosen,) = saved
         if chosen.dim() == 1:
             raise RuntimeError(
                 "max_pool was called with indices='none', which keeps nothing to differentiate by: "
@@ -397,14 +437,14 @@ class MaxPool(_Rules):
     def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
         *geometry, _output_size, ties, _indices, impl = ctx.arguments
         grad_input = max_pool_scatter(
-            grad, MaxPool.chosen(ctx), ctx.input_size, *geometry, ties, impl
+            grad, MaxPool.chosen(ctx.saved_tensors), ctx.input_size, *geometry, ties, impl
         )
         return (grad_input, *(None,) * len(ctx.arguments))
 
     @staticmethod
     def jvp(ctx: Any, d_input: Tensor, *_: Any) -> Any:
         *geometry, output_size, ties, _indices, impl = ctx.arguments
-        chosen = MaxPool.chosen(ctx)
+        chosen = MaxPool.chosen(_primals(ctx))
         return max_pool_gather(d_input, chosen, output_size, *geometry, ties, impl), None
 
     @staticmethod
@@ -454,7 +494,7 @@ class MaxPoolScatter(_IndexedMap):
 
     @staticmethod
     def jvp(ctx: Any, d_values: Tensor, *_: Any) -> Tensor:
-        return max_pool_scatter(d_values, ctx.saved_tensors[0], *ctx.arguments)
+        return max_pool_scatter(d_values, _primals(ctx)[0], *ctx.arguments)
 
     vmap = _fold_two(lambda *args: max_pool_scatter(*args))
 
@@ -471,7 +511,7 @@ class MaxPoolGather(_IndexedMap):
 
     @staticmethod
     def jvp(ctx: Any, d_values: Tensor, *_: Any) -> Tensor:
-        return max_pool_gather(d_values, ctx.saved_tensors[0], *ctx.arguments)
+        return max_pool_gather(d_values, _primals(ctx)[0], *ctx.arguments)
 
     vmap = _fold_two(lambda *args: max_pool_gather(*args))
 
@@ -486,7 +526,7 @@ class MaxUnpool(_IndexedMap):
 
     @staticmethod
     def jvp(ctx: Any, d_values: Tensor, *_: Any) -> Tensor:
-        return max_unpool(d_values, ctx.saved_tensors[0], *ctx.arguments)
+        return max_unpool(d_values, _primals(ctx)[0], *ctx.arguments)
 
     vmap = _fold_two(lambda *args: max_unpool(*args))
 
@@ -501,7 +541,7 @@ class MaxUnpoolGather(_IndexedMap):
 
     @staticmethod
     def jvp(ctx: Any, d_values: Tensor, *_: Any) -> Tensor:
-        return max_unpool_gather(d_values, ctx.saved_tensors[0])
+        return max_unpool_gather(d_values, _primals(ctx)[0])
 
     vmap = _fold_two(lambda *args: max_unpool_gather(*args))
 

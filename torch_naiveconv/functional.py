@@ -301,6 +301,10 @@ def _pool_geometry(
 def _check_tensor(name: str, t: Any, ranks: tuple[int, ...], dtypes: tuple[Any, ...]) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+    if t.is_nested:
+        raise TypeError(
+            f"{name} must not be nested: use .to_padded_tensor(0), or one call for each"
+        )
     if t.dim() not in ranks:
         expected = " or ".join(f"{rank}-D" for rank in ranks)
         raise ValueError(f"{name} must be {expected}, got {t.dim()}-D of shape {tuple(t.shape)}")
@@ -339,10 +343,11 @@ def _check_conv_tensors(dims: int, input: Any, weight: Any, bias: Any, filters: 
         and isinstance(weight, Tensor)
         and (dtype := input.dtype) is weight.dtype
         and dtype in FLOATS
-        and (input.is_cpu and weight.is_cpu or input.device == weight.device)
+        and ((input.is_cpu and weight.is_cpu) or input.device == weight.device)
         and weight.dim() == dims + 2
         and weight.dim() - input.dim() in (0, 1)
         and input.layout is weight.layout is STRIDED
+        and not (input.is_nested or weight.is_nested)
     )
     if not plain:
         _check_tensor("input", input, (dims + 1, dims + 2), NUMBERS)
@@ -403,7 +408,8 @@ def _pad(input: Tensor, padding: list[int], mode: str) -> Tensor:
     if mode not in PADDING_MODES:
         raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {mode!r}")
     for i in range(len(padding) // 2):
-        size, limit = input.shape[2 + i], input.shape[2 + i] - (mode == "reflect")
+        size = input.shape[2 + i]
+        limit = size - 1 if mode == "reflect" else size
         before, after = padding[2 * i : 2 * i + 2]
         if mode != "replicate" and max(before, after) > limit:
             raise ValueError(

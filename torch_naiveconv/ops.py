@@ -21,15 +21,35 @@ CPU_LIBRARY = HERE / "_cpu.so"
 CUDA_LIBRARY = HERE / "_cuda.so"
 
 
+def too_old(version: str) -> bool:
+    """Is this torch older than the stable ABI that the libraries are built for?"""
+    return tuple(int(part) for part in version.split(".")[:2]) < (2, 11)
+
+
 def _load() -> None:
+    if too_old(torch.__version__):
+        raise ImportError(
+            f"torch_naiveconv: torch {torch.__version__} is too old: pip install 'torch>=2.11'"
+        )
     if not CPU_LIBRARY.exists():
         raise ImportError(
             f"{CPU_LIBRARY.name} is not built: run `pip install -e . --no-build-isolation` "
             "in the source folder, or import from outside of it"
         )
-    torch.ops.load_library(str(CPU_LIBRARY))
+    load(CPU_LIBRARY)
     if torch.version.cuda is not None and CUDA_LIBRARY.exists():
-        torch.ops.load_library(str(CUDA_LIBRARY))
+        load(CUDA_LIBRARY)
+
+
+def load(library: Path) -> None:
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        raise ImportError(
+            f"{library.name} does not fit this machine or this torch ({error.__cause__ or error}): "
+            "remove it and run `pip install --force-reinstall --no-deps --no-build-isolation .` "
+            "in the source folder"
+        ) from error
 
 
 def check_fma(conv: Callable[..., Tensor]) -> None:

@@ -69,8 +69,7 @@ def _small_convolution(device: str) -> str:
 def advice(report: dict[str, Any]) -> list[str]:
     """One line for each thing in a report that is wrong."""
     lines = []
-    version = tuple(int(part) for part in report["torch"].split("+")[0].split(".")[:2])
-    if version < (2, 11):
+    if ops.too_old(report["torch"]):
         lines.append(f"torch {report['torch']} is too old: pip install 'torch>=2.11'")
     if report["conv on cpu"] == ["naive"]:
         lines.append(
