@@ -9,10 +9,11 @@
 
 namespace torch_naiveconv {
 
-extern const ConvRow conv_avx512, conv_avx2, conv_generic, conv_naive;
+extern const ConvRow conv_amx, conv_avx512, conv_avx2, conv_generic, conv_naive;
 
 const ConvRow* const conv_rows[] = {
 #if defined(__x86_64__)
+    &conv_amx,
     &conv_avx512,
     &conv_avx2,
 #endif
@@ -36,7 +37,7 @@ double fma_peak(DType dtype, const char* first) {
   for (const ConvRow* row : conv_rows) {
     if (!row->can_run()) continue;
     found = found || std::strcmp(first, row->name) == 0;
-    if (!found || !row->multiply_adds) continue;
+    if (!found || !row->multiply_adds || row->multiply_adds(dtype, 1) == 0) continue;
     double best = 0;
     for (int attempt = 0; attempt < 10; ++attempt) {
       constexpr int64_t rounds = 100000;

@@ -10,6 +10,8 @@
 //   canonical              every NaN becomes the canonical one
 //   permute(lane)          result[i] = this[lane[i]]
 //   transpose(r)           lanes x lanes
+//   pairs(even, odd)       lane i holds the 16 bits even[i] and, above them, odd[i] (on x86 only:
+//                          an operand of its matrix unit)
 //
 // Subnormal operands and results are flushed or kept as FloatEnvironment says, which is the
 // specification's meaning of float32 steps on 16-bit types.
