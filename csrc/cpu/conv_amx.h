@@ -33,7 +33,7 @@ constexpr int64_t tile_totals = side * side;
 struct MatrixLimits {
   int64_t least_channels = 8;     // that the tiles would be filled with
   int64_t least_work = 200000;    // multiply-adds
-  int64_t panel_bytes = 3 << 18;  // packed operand of a task
+  int64_t panel_bytes = 1 << 20;  // packed operand of a task
   int64_t patch_bytes = 1 << 20;  // zero-padded copy of a piece of the image
   int64_t weight_bytes = 8 << 20;
   int64_t most_pixels = 1024;
@@ -203,17 +203,47 @@ inline void transpose_words(BFloat16* to, int64_t to_row, const BFloat16* from, 
     }
 }
 
-inline void zero_words(BFloat16* to, int64_t n) {
-  std::memset(static_cast<void*>(to), 0, static_cast<size_t>(most(n, 0)) * sizeof(BFloat16));
+// Calls visit(first, length) for pieces of n words, length a constant. Runs are short, so the last
+// vector overlaps the one before.
+template <class Visit>
+TNC_INLINE void in_vectors(int64_t n, const Visit& visit) {
+  const auto pieces_of = [&](auto length) {
+    int64_t i = 0;
+    for (; i + length < n; i += length) visit(i, length);
+    visit(n - length, length);
+  };
+  if (n >= 16) return pieces_of(std::integral_constant<int64_t, 16>{});
+  if (n >= 8) return pieces_of(std::integral_constant<int64_t, 8>{});
+  if (n >= 4) return pieces_of(std::integral_constant<int64_t, 4>{});
+  if (n >= 2) visit(0, std::integral_constant<int64_t, 2>{});
+  if (n % 2 == 1) visit(n - 1, std::integral_constant<int64_t, 1>{});
 }
+TNC_INLINE void copy_words(BFloat16* to, const BFloat16* from, int64_t n) {
+  in_vectors(n, [&](int64_t i, auto length) {
+    __builtin_memcpy(static_cast<void*>(to + i), from + i, length * sizeof(BFloat16));
+  });
+}
+TNC_INLINE void zero_words(BFloat16* to, int64_t n) {
+  in_vectors(n, [&](int64_t i, auto length) {
+    static constexpr BFloat16 zeros[16] = {};
+    __builtin_memcpy(static_cast<void*>(to + i), zeros, length * sizeof(BFloat16));
+  });
+}
+
+// to[i] = from[i * stride]
 inline void copy_words(BFloat16* to, const BFloat16* from, int64_t stride, int64_t n) {
-  if (stride == 1) {
-    std::memcpy(to, from, static_cast<size_t>(n) * sizeof(BFloat16));
-  } else if (stride == 2) {
-    for (int64_t i = 0; i < n; ++i) to[i] = from[2 * i];
-  } else {
-    for (int64_t i = 0; i < n; ++i) to[i] = from[i * stride];
-  }
+  if (stride == 1) return copy_words(to, from, n);
+  int64_t i = 0;
+  if (stride == 2)
+    for (; i + 9 <= n; i += 8) {  // reads 16 words, one more than it wants
+      const auto even = [&](int64_t at) {
+        const __m128i pair = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at));
+        return _mm_srai_epi32(_mm_slli_epi32(pair, 16), 16);
+      };
+      const __m128i words = _mm_packs_epi32(even(2 * i), even(2 * i + 8));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), words);
+    }
+  for (; i < n; ++i) to[i] = from[i * stride];
 }
 
 // ---- pixels: where those of a range lie
@@ -326,16 +356,17 @@ inline void fill_patch(BFloat16* patch, const Layout& layout, const GridAxis (&g
   }
   const int64_t word = layout.pitch[2] * image_stride[4], stride = word * layout.phases;
   const bool channels_innermost = image_stride[1] == 1 && stride != 1;
-  for (int64_t c = 0; c < (channels_innermost ? 1 : channels); ++c)
-    for (int64_t d = 0; d < size[0]; ++d)
-      for (int64_t h = 0; h < size[1]; ++h)
-        for (int64_t phase = 0; phase < least(layout.phases, size[2]); ++phase) {
+  for (int64_t phase = 0; phase < least(layout.phases, size[2]); ++phase) {
+    const int64_t length = up(size[2] - phase, layout.phases);
+    const int64_t row_begin = up(inner[2] - phase, layout.phases);
+    const int64_t row_end = up(outer[2] - phase, layout.phases);
+    for (int64_t c = 0; c < (channels_innermost ? 1 : channels); ++c)
+      for (int64_t d = 0; d < size[0]; ++d)
+        for (int64_t h = 0; h < size[1]; ++h) {
           BFloat16* const to = patch + c * layout.channel + d * layout.axis[0] +
                                h * layout.axis[1] + phase * layout.phase_length;
-          const int64_t length = up(size[2] - phase, layout.phases);
-          int64_t begin = up(inner[2] - phase, layout.phases);
-          int64_t end = up(outer[2] - phase, layout.phases);
-          if (d < inner[0] || d >= outer[0] || h < inner[1] || h >= outer[1]) begin = end = 0;
+          const bool inside = d >= inner[0] && d < outer[0] && h >= inner[1] && h < outer[1];
+          const int64_t begin = inside ? row_begin : 0, end = inside ? row_end : 0;
           const BFloat16* const row = image + c * image_stride[1] +
                                       (from[0] + d * layout.pitch[0]) * image_stride[2] +
                                       (from[1] + h * layout.pitch[1]) * image_stride[3] +
@@ -344,12 +375,15 @@ inline void fill_patch(BFloat16* patch, const Layout& layout, const GridAxis (&g
             zero_words(to + i * layout.channel, begin);
             zero_words(to + i * layout.channel + end, length - end);
           }
+          if (!channels_innermost)  // the same row of the next channel
+            for (int64_t i = begin; i < end; i += 32) prefetch(row + image_stride[1] + i * stride);
           if (channels_innermost)
             transpose_words(to + begin, layout.channel, row + begin * stride, stride, end - begin,
                             channels);
           else
             copy_words(to + begin, row + begin * stride, stride, end - begin);
         }
+  }
 }
 
 // Calls visit(sample, box, piece) for the pieces of [first, last).
@@ -420,9 +454,8 @@ inline void pack_rows(BFloat16* to, const Run* run, const Run* run_end, const BF
                       const int64_t* offset, int64_t rows, int64_t terms) {
   for (int64_t r = 0; r < rows; ++r, to += depth) {
     for (const Run* i = run; i < run_end; ++i)
-      std::memcpy(static_cast<void*>(to + i->column), source + (offset[r] + i->at),
-                  depth * sizeof(BFloat16));
-    zero_words(to + terms, depth - terms);
+      copy_words(to + i->column, source + (offset[r] + i->at), depth);
+    if (terms < depth) zero_words(to + terms, depth - terms);
   }
 }
 
@@ -440,6 +473,13 @@ inline void pack_transposed(BFloat16* to, const BFloat16* from, int64_t column) 
 #pragma GCC unroll 16
       for (int k = 0; k < L; ++k) block[k].store(reinterpret_cast<float*>(to) + (j + k) * side + i);
     }
+}
+
+// Stores of 16-bit elements canonicalise by themselves.
+template <class D>
+TNC_INLINE Vec<float> stored_as(Vec<float> x) {
+  if constexpr (is_half_type<D>) return x;
+  return canonical(x);
 }
 
 // to[row_at[r] + column_at[c]] = canonical(total[r][c] + bias[r]), rounded to D. Says whether a NaN
@@ -463,9 +503,9 @@ bool store_tile(const float* total, int rows, int columns, const float* bias, D*
           nan = V::either(nan, is_nan(sum));
           D* const at = to + row_at[r] + column_at[c];
           if (end - c >= L) {
-            canonical(sum).store(at);
+            stored_as<D>(sum).store(at);
           } else {
-            canonical(sum).store(at, end - c);
+            stored_as<D>(sum).store(at, end - c);
             c = end;
             break;
           }
@@ -478,7 +518,7 @@ bool store_tile(const float* total, int rows, int columns, const float* bias, D*
     for (int c = 0; c < side; c += L) {
       const V sum = V::load(total + r * side + c) + V::broadcast(bias[r]);
       nan = V::either(nan, is_nan(sum));
-      canonical(sum).store(rounded[r] + c);
+      stored_as<D>(sum).store(rounded[r] + c);
     }
   if constexpr (is_half_type<D>) {
     if (run_length(row_at, rows) == rows) {  // columns lie along the memory
@@ -553,12 +593,14 @@ inline Weights weights_of(const Images<BFloat16>& call, int64_t first_group, int
                              copy_words(block[j], from + r + at[t0 + k + j], 1, 8);
                            transpose_words(to + r * depth + k, depth, block[0], 8);
                          }
+                     int length[depth], runs = 0;  // terms side by side in memory
+                     for (int64_t k = 0; k < some; k += length[runs++])
+                       length[runs] = run_length(at + t0 + k, some - k);
                      for (; r < count; ++r) {
                        const BFloat16* const row = from + r * call.lane_stride;
-                       if (consecutive)
-                         copy_words(to + r * depth, row + t0, 1, some);
-                       else
-                         for (int64_t k = 0; k < some; ++k) to[r * depth + k] = row[at[t0 + k]];
+                       int64_t k = 0;
+                       for (int i = 0; i < runs; k += length[i++])
+                         copy_words(to + r * depth + k, row + at[t0 + k], length[i]);
                      }
                    }
                  }
