@@ -29,8 +29,8 @@ struct ConvRow {
   const char* name;
   bool (*can_run)();  // does this processor have what the row needs?
   bool (*run)(const ConvProblem&);
-  // Does multiply-adds on registers only, for the benchmark; returns how many operations, 0 for a
-  // type that the row is not made for. May be null.
+  // Does multiply-adds on registers only, for the benchmark; returns how many operations. May be
+  // null.
   double (*multiply_adds)(DType dtype, int64_t rounds);
 };
 

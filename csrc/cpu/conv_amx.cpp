@@ -99,24 +99,6 @@ struct MatrixUnit {
 
 static bool run(const ConvProblem& p) { return run_matrix_unit<MatrixUnit>(p, MatrixLimits{}); }
 
-static double multiply_adds(DType dtype, int64_t rounds) {
-  if (dtype != DType::bfloat16) return 0;
-  alignas(64) const BFloat16 ones[tile_words] = {};
-  MatrixUnit unit;
-  MatrixUnit::fence();
-  MatrixUnit::load_rows<0>(ones, 64);
-  MatrixUnit::load_rows<1>(ones, 64);
-  MatrixUnit::load_columns<0>(ones);
-  MatrixUnit::load_columns<1>(ones);
-  for (int64_t r = 0; r < rounds; ++r) {
-    MatrixUnit::multiply<0>();
-    MatrixUnit::multiply<1>();
-    MatrixUnit::multiply<2>();
-    MatrixUnit::multiply<3>();
-  }
-  return 2.0 * 4 * tile_totals * depth * static_cast<double>(rounds);
-}
-
 static bool unit_works() { return unit_is_exact<MatrixUnit>(); }
 
 }  // namespace torch_naiveconv::amx
@@ -134,7 +116,7 @@ static bool can_run() {
 
 namespace torch_naiveconv {
 extern const ConvRow conv_amx;
-const ConvRow conv_amx{"amx", can_run, amx::run, amx::multiply_adds};
+const ConvRow conv_amx{"amx", can_run, amx::run, nullptr};
 }  // namespace torch_naiveconv
 
 #elif defined(__x86_64__)
