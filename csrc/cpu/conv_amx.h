@@ -599,7 +599,9 @@ inline Weights weights_of(const Images<BFloat16>& call, int64_t first_group, int
                      for (; r < count; ++r) {
                        const BFloat16* const row = from + r * call.lane_stride;
                        int64_t k = 0;
-                       for (int i = 0; i < runs; k += length[i++])
+                       if (runs == some)
+                         for (; k < some; ++k) to[r * depth + k] = row[at[t0 + k]];
+                       for (int i = 0; k < some; k += length[i++])
                          copy_words(to + r * depth + k, row + at[t0 + k], length[i]);
                      }
                    }
