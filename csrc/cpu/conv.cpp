@@ -9,15 +9,13 @@
 
 namespace torch_naiveconv {
 
-extern const ConvRow conv_avx512, conv_avx2, conv_generic, conv_naive;
+extern const ConvRow conv_amx, conv_avx512, conv_avx2, conv_generic, conv_naive;
 
 const ConvRow* const conv_rows[] = {
 #if defined(__x86_64__)
-    &conv_avx512,
-    &conv_avx2,
+    &conv_amx,     &conv_avx512, &conv_avx2,
 #endif
-    &conv_generic,
-    &conv_naive,
+    &conv_generic, &conv_naive,
 };
 const int conv_row_count = sizeof(conv_rows) / sizeof(conv_rows[0]);
 

@@ -48,6 +48,11 @@ struct Vec<float> {
     return widened(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
   static TNC_INLINE Vec load(const BFloat16* p, int n) { return widened(load_some(p, n)); }
+  static TNC_INLINE Vec pairs(const BFloat16* even, const BFloat16* odd) {
+    const __m256i low =
+        _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(even)));
+    return {_mm256_or_ps(_mm256_castsi256_ps(low), load(odd).v)};
+  }
 
   TNC_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
   // In pieces: a masked store is slow on AMD.

@@ -31,6 +31,11 @@ struct Vec<float> {
   static TNC_INLINE Vec load(const BFloat16* p, int n) {
     return widened(_mm256_maskz_loadu_epi16(first(n), p));
   }
+  static TNC_INLINE Vec pairs(const BFloat16* even, const BFloat16* odd) {
+    const __m512i low =
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
+    return {_mm512_or_ps(_mm512_castsi512_ps(low), load(odd).v)};
+  }
 
   TNC_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
   TNC_INLINE void store(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }

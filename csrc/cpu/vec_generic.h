@@ -11,6 +11,8 @@
 //   permute(lane)          result[i] = this[lane[i]]
 //   even(a, b)             lanes 0, 2, ... of a, then of b
 //   transpose(r)           lanes x lanes
+//   pairs(even, odd)       lane i holds the 16 bits even[i] and, above them, odd[i] (on x86 only:
+//                          an operand of its matrix unit)
 //
 // Subnormal operands and results are flushed or kept as FloatEnvironment says, which is the
 // specification's meaning of float32 steps on 16-bit types.
