@@ -10,6 +10,7 @@
 //   canonical              every NaN becomes the canonical one
 //   permute(lane)          result[i] = this[lane[i]]
 //   transpose(r)           lanes x lanes
+//   split, merge           2 x lanes numbers a, b into those of even and odd place, and back
 //
 // Subnormal operands and results are flushed or kept as FloatEnvironment says, which is the
 // specification's meaning of float32 steps on 16-bit types.
@@ -102,6 +103,18 @@ struct Vec {
     Vec r;
     for (int i = 0; i < lanes; ++i) r.v[i] = v[lane[i]];
     return r;
+  }
+  static TNC_INLINE void split(Vec a, Vec b, Vec& even, Vec& odd) {
+    T both[2 * lanes];
+    a.store(both);
+    b.store(both + lanes);
+    for (int i = 0; i < lanes; ++i) even.v[i] = both[2 * i], odd.v[i] = both[2 * i + 1];
+  }
+  static TNC_INLINE void merge(Vec even, Vec odd, Vec& a, Vec& b) {
+    T both[2 * lanes];
+    for (int i = 0; i < lanes; ++i) both[2 * i] = even.v[i], both[2 * i + 1] = odd.v[i];
+    a = load(both);
+    b = load(both + lanes);
   }
   static TNC_INLINE void transpose(Vec (&r)[lanes]) {
     Vec t[lanes];
