@@ -55,6 +55,38 @@ def test_every_remainder(row):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("row", FAST)
+def test_square_kernels(row, kernel, dtype):
+    """Every number of vectors in a row, rows of padding only, bands of a tall image; in both
+    formats, with weights that are not finite too (padding times infinity is NaN)."""
+    for case, width in enumerate([2, 5, 8, 9, 14, 17, 25, 33, 41, 50]):
+        draw = random.Random(f"{case} {kernel} {dtype}")
+        generator = torch.Generator().manual_seed(case)
+        kind = ["normal", "tiny", "wild"][case % 3]
+        channels, height = draw.randint(1, 40), draw.choice([1, 2, 3, 7, 14, 15])
+        if case == 5 and kernel == 3:
+            channels, height = 2, 900
+        pad, stride = (draw.randint(0, kernel) for _ in range(2)), draw.choice([1, 1, 2])
+        shape = {"stride": stride, "padding": tuple(pad), "groups": channels}
+        if height + 2 * shape["padding"][0] < kernel or width + 2 * shape["padding"][1] < kernel:
+            shape["padding"] = (kernel // 2, kernel // 2)
+        x = values(generator, (2, channels, height, width), dtype, kind)
+        w = values(generator, (channels, 1, kernel, kernel), dtype, draw.choice(["normal", kind]))
+        out = F.conv2d(x, w, **shape, impl="naive")
+        g = values(generator, out.shape, dtype, kind)
+        back = F.conv_grad_input(x.shape, w, g, **shape, impl="naive")
+        for layout in (torch.contiguous_format, torch.channels_last):
+            a, b = (t.contiguous(memory_format=layout) for t in (x, g))
+            with threads(draw.choice([1, 2])):
+                got = F.conv2d(a, w, **shape, impl=row)
+                got_back = F.conv_grad_input(x.shape, w, b, **shape, impl=row)
+            what = f"{row} {dtype} {kind} {tuple(x.shape)} {kernel} {shape} {layout}"
+            assert_same_bits(got, out, what)
+            assert_same_bits(got_back, back, what)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("row", FAST)
 def test_grad_bias(row, dtype):
     for case, size in enumerate([(1, 1), (5, 7), (31, 33), (128,), (700,), (9, 8, 11)]):

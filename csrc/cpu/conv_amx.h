@@ -825,7 +825,7 @@ bool multiply_grids(const Images<BFloat16>& call, const ConvShape& s, bool forwa
             for (int a = 0; a < 3; ++a)
               grid[a] = forward ? forward_axis(s.axis[a]) : gradient_axis(s.axis[a], phase[a]);
             if (grid[0].taps * grid[1].taps * grid[2].taps == 0) {
-              if (group == 0 && row == 0) store_no_terms(call, grid);
+              if (group == 0 && row == 0) store_bias(call, grid);
             } else if (!multiply_grid<Unit>(call, grid, weights, limits, nan)) {
               return false;
             }

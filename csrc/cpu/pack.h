@@ -90,8 +90,11 @@ TNC_INLINE void copy_run(T* dst, const S* src, int64_t stride, int64_t n) {
     return;
   }
   if (stride == 2)  // the element behind the last one is never read
-    for (; i + L < n; i += L)
-      V::even(V::load(src + 2 * i), V::load(src + 2 * i + L)).store(dst + i);
+    for (; i + L < n; i += L) {
+      V even, odd;
+      V::split(V::load(src + 2 * i), V::load(src + 2 * i + L), even, odd);
+      even.store(dst + i);
+    }
   for (; i < n; ++i) dst[i] = widened(src[i * stride]);
 }
 

@@ -99,9 +99,15 @@ struct Vec<float> {
     const __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lane));
     return {_mm256_permutevar8x32_ps(v, index)};
   }
-  static TNC_INLINE Vec even(Vec a, Vec b) {
-    const __m256d mixed = _mm256_castps_pd(_mm256_shuffle_ps(a.v, b.v, 0x88));
-    return {_mm256_castpd_ps(_mm256_permute4x64_pd(mixed, 0xd8))};
+  static TNC_INLINE void split(Vec a, Vec b, Vec& even, Vec& odd) {
+    const __m256 e = _mm256_shuffle_ps(a.v, b.v, 0x88), o = _mm256_shuffle_ps(a.v, b.v, 0xdd);
+    even.v = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(e), 0xd8));
+    odd.v = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(o), 0xd8));
+  }
+  static TNC_INLINE void merge(Vec even, Vec odd, Vec& a, Vec& b) {
+    const __m256 lo = _mm256_unpacklo_ps(even.v, odd.v), hi = _mm256_unpackhi_ps(even.v, odd.v);
+    a.v = _mm256_permute2f128_ps(lo, hi, 0x20);
+    b.v = _mm256_permute2f128_ps(lo, hi, 0x31);
   }
   static TNC_INLINE void transpose(Vec (&r)[lanes]) {
     __m256 b[8];
@@ -187,8 +193,16 @@ struct Vec<double> {
     _mm256_store_pd(from, v);
     return {_mm256_setr_pd(from[lane[0]], from[lane[1]], from[lane[2]], from[lane[3]])};
   }
-  static TNC_INLINE Vec even(Vec a, Vec b) {
-    return {_mm256_permute4x64_pd(_mm256_unpacklo_pd(a.v, b.v), 0xd8)};
+  static TNC_INLINE void split(Vec a, Vec b, Vec& even, Vec& odd) {
+    const __m256d lo = _mm256_permute2f128_pd(a.v, b.v, 0x20);
+    const __m256d hi = _mm256_permute2f128_pd(a.v, b.v, 0x31);
+    even.v = _mm256_unpacklo_pd(lo, hi);
+    odd.v = _mm256_unpackhi_pd(lo, hi);
+  }
+  static TNC_INLINE void merge(Vec even, Vec odd, Vec& a, Vec& b) {
+    const __m256d lo = _mm256_unpacklo_pd(even.v, odd.v), hi = _mm256_unpackhi_pd(even.v, odd.v);
+    a.v = _mm256_permute2f128_pd(lo, hi, 0x20);
+    b.v = _mm256_permute2f128_pd(lo, hi, 0x31);
   }
   static TNC_INLINE void transpose(Vec (&r)[lanes]) {
     const __m256d lo0 = _mm256_unpacklo_pd(r[0].v, r[1].v);

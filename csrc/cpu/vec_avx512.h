@@ -68,10 +68,15 @@ struct Vec<float> {
   TNC_INLINE Vec permute(const int32_t* lane) const {
     return {_mm512_permutexvar_ps(_mm512_loadu_si512(lane), v)};
   }
-  static TNC_INLINE Vec even(Vec a, Vec b) {
-    const __m512i index =
-        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    return {_mm512_permutex2var_ps(a.v, index, b.v)};
+  static TNC_INLINE void split(Vec a, Vec b, Vec& even, Vec& odd) {
+    const __m512i e = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    even.v = _mm512_permutex2var_ps(a.v, e, b.v);
+    odd.v = _mm512_permutex2var_ps(a.v, _mm512_add_epi32(e, _mm512_set1_epi32(1)), b.v);
+  }
+  static TNC_INLINE void merge(Vec even, Vec odd, Vec& a, Vec& b) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    a.v = _mm512_permutex2var_ps(even.v, first, odd.v);
+    b.v = _mm512_permutex2var_ps(even.v, _mm512_add_epi32(first, _mm512_set1_epi32(8)), odd.v);
   }
   static TNC_INLINE void transpose(Vec (&r)[lanes]) {
     __m512 a[16], b[16];
@@ -154,8 +159,15 @@ struct Vec<double> {
     const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lane));
     return {_mm512_permutexvar_pd(_mm512_cvtepi32_epi64(narrow), v)};
   }
-  static TNC_INLINE Vec even(Vec a, Vec b) {
-    return {_mm512_permutex2var_pd(a.v, _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14), b.v)};
+  static TNC_INLINE void split(Vec a, Vec b, Vec& even, Vec& odd) {
+    const __m512i e = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
+    even.v = _mm512_permutex2var_pd(a.v, e, b.v);
+    odd.v = _mm512_permutex2var_pd(a.v, _mm512_add_epi64(e, _mm512_set1_epi64(1)), b.v);
+  }
+  static TNC_INLINE void merge(Vec even, Vec odd, Vec& a, Vec& b) {
+    const __m512i first = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+    a.v = _mm512_permutex2var_pd(even.v, first, odd.v);
+    b.v = _mm512_permutex2var_pd(even.v, _mm512_add_epi64(first, _mm512_set1_epi64(4)), odd.v);
   }
   static TNC_INLINE void transpose(Vec (&r)[lanes]) {
     __m512d a[8];

@@ -9,10 +9,10 @@
 //   Mask                   greater, is_nan, first(n), select(mask, yes, no), either, any
 //   canonical              every NaN becomes the canonical one
 //   permute(lane)          result[i] = this[lane[i]]
-//   even(a, b)             lanes 0, 2, ... of a, then of b
 //   transpose(r)           lanes x lanes
 //   pairs(even, odd)       lane i holds the 16 bits even[i] and, above them, odd[i] (on x86 only:
 //                          an operand of its matrix unit)
+//   split, merge           2 x lanes numbers a, b into those of even and odd place, and back
 //
 // Subnormal operands and results are flushed or kept as FloatEnvironment says, which is the
 // specification's meaning of float32 steps on 16-bit types.
@@ -106,10 +106,17 @@ struct Vec {
     for (int i = 0; i < lanes; ++i) r.v[i] = v[lane[i]];
     return r;
   }
-  static TNC_INLINE Vec even(Vec a, Vec b) {
-    Vec r;
-    for (int i = 0; i < lanes; ++i) r.v[i] = 2 * i < lanes ? a.v[2 * i] : b.v[2 * i - lanes];
-    return r;
+  static TNC_INLINE void split(Vec a, Vec b, Vec& even, Vec& odd) {
+    T both[2 * lanes];
+    a.store(both);
+    b.store(both + lanes);
+    for (int i = 0; i < lanes; ++i) even.v[i] = both[2 * i], odd.v[i] = both[2 * i + 1];
+  }
+  static TNC_INLINE void merge(Vec even, Vec odd, Vec& a, Vec& b) {
+    T both[2 * lanes];
+    for (int i = 0; i < lanes; ++i) both[2 * i] = even.v[i], both[2 * i + 1] = odd.v[i];
+    a = load(both);
+    b = load(both + lanes);
   }
   static TNC_INLINE void transpose(Vec (&r)[lanes]) {
     Vec t[lanes];

@@ -1,0 +1,582 @@
+// Forward and grad_input of few channels per group where rows lie contiguously (NCHW): lanes are
+// neighbouring pixels of a row. Start reading at map_planes, at the end.
+//
+// The planes that a group reads are copied, zero-padded and widened, into a panel
+// [source channel][d][h][w]; every tap of a pixel is then a fixed distance away, and a vector of
+// pixels one unaligned load:
+//
+//   chain[pixel] = fma(panel[pixel + tap], weight[tap], chain[pixel])
+//
+// A forward stride along w would read every second pixel; the panel's rows are split into the
+// pixels of each remainder instead. The phases of a strided grad_input are computed apart and
+// merged row by row.
+#pragma once
+
+#include "depthwise_geometry.h"
+
+namespace torch_naiveconv::TNC_ISA {
+
+constexpr int64_t planes_bytes = 48 << 10;  // of a panel: about the L1 cache
+
+// What all tiles of a phase of a channel have in common.
+template <class T>
+struct PlanePhase {
+  TermLists lists;
+  int32_t chain, last_chain;
+  const Total<T>* weights;  // by term number
+  Total<T> bias;
+  int64_t sets, w_step;  // sliding: (source channel, kd) pairs, and from tap to tap along w
+};
+
+// Some rows of some vectors. The last vector of a row may overlap the one before.
+template <class T>
+struct PlaneTile {
+  const Total<T>* source;
+  T* out;
+  int64_t source_step, out_step;  // from row to row
+  int64_t last;                   // where a row's last vector begins
+  int lanes;                      // how many lanes of it are stored
+  // Of a strip:
+  int64_t rows, first, end;  // written rows, source rows
+  const T* ahead;            // what is read next, fetched meanwhile
+  int64_t ahead_step;
+};
+
+template <class T>
+using PlaneTileFunction = void (*)(const PlanePhase<T>&, const PlaneTile<T>&);
+
+template <class T, int rows, int vecs>
+TNC_INLINE void store_plane_tile(const Vec<Total<T>> (&total)[rows][vecs],
+                                 const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
+  using V = Vec<Total<T>>;
+  const V bias = V::broadcast(phase.bias);
+  T* out = tile.out;
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i, out += tile.out_step)
+#pragma GCC unroll 8
+    for (int c = 0; c < vecs; ++c) {
+      const V result = canonical(total[i][c] + bias);
+      T* const to = out + (c + 1 < vecs ? c * V::lanes : tile.last);
+      if (vecs > 1 || tile.lanes >= V::lanes)
+        result.store(to);
+      else
+        result.store(to, tile.lanes);
+    }
+}
+
+// Any list of terms, one by one.
+template <class T, int rows, int vecs>
+void list_tile(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
+  using E = Total<T>;
+  using V = Vec<E>;
+  V total[rows][vecs];
+  const auto clear = [](V(&acc)[rows][vecs]) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+      for (int c = 0; c < vecs; ++c) acc[i][c] = V::zero();
+  };
+  const auto add = [](V(&acc)[rows][vecs], const V(&more)[rows][vecs])
+                       __attribute__((always_inline)) {
+#pragma GCC unroll 8
+                         for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+                           for (int c = 0; c < vecs; ++c) acc[i][c] = acc[i][c] + more[i][c];
+                       };
+  const auto run = [&](V(&acc)[rows][vecs], int32_t chain) __attribute__((always_inline)) {
+    clear(acc);
+    const MapRun* const end = phase.lists.runs + phase.lists.chain_end[chain];
+    for (const MapRun* r = phase.lists.runs + (chain ? phase.lists.chain_end[chain - 1] : 0);
+         r < end; ++r) {
+      const E* from = tile.source + r->source;
+      const V w = V::broadcast(phase.weights[r->weight]);
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; ++i, from += tile.source_step)
+#pragma GCC unroll 8
+        for (int c = 0; c < vecs; ++c)
+          acc[i][c] = fma(V::load(from + (c + 1 < vecs ? c * V::lanes : tile.last)), w, acc[i][c]);
+    }
+  };
+  clear(total);
+  for (int32_t chain = phase.chain; chain < phase.last_chain; chain += chains_of<T>) {
+    V acc[rows][vecs];
+    run(acc, chain);
+    if constexpr (chains_of<T> == 2) {
+      V odd[rows][vecs];
+      run(odd, chain + 1);
+      add(acc, odd);
+    }
+    add(total, acc);
+  }
+  store_plane_tile<T, rows, vecs>(total, phase, tile);
+}
+
+// A square kernel of stride and dilation 1 and one group of terms, of several source planes: a
+// vector is loaded once for all the rows of the tile that read it. Each row still meets its taps in
+// order.
+template <class T, int kernel, int rows, int vecs>
+void slide_tile(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
+  using E = Total<T>;
+  using V = Vec<E>;
+  V total[rows][vecs];
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+    for (int c = 0; c < vecs; ++c) total[i][c] = V::zero();
+  const E* w = phase.weights;
+  for (int64_t s = 0; s < phase.sets; ++s, w += kernel * kernel) {
+    const E* row = tile.source + phase.lists.runs[s * kernel * kernel].source;
+#pragma GCC unroll 16
+    for (int u = 0; u < rows + kernel - 1; ++u, row += tile.source_step) {
+      const E* from = row;
+#pragma GCC unroll 8
+      for (int kw = 0; kw < kernel; ++kw, from += phase.w_step) {
+        V x[vecs];
+#pragma GCC unroll 8
+        for (int c = 0; c < vecs; ++c)
+          x[c] = V::load(from + (c + 1 < vecs ? c * V::lanes : tile.last));
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; ++i)
+          if (u >= i && u - i < kernel) {
+            const V tap = V::broadcast(w[(u - i) * kernel + kw]);
+#pragma GCC unroll 8
+            for (int c = 0; c < vecs; ++c) total[i][c] = fma(x[c], tap, total[i][c]);
+          }
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+    for (int c = 0; c < vecs; ++c) total[i][c] = V::zero() + total[i][c];
+  store_plane_tile<T, rows, vecs>(total, phase, tile);
+}
+
+// A square kernel of stride and dilation 1 that reads one plane: all the rows of a strip of `vecs`
+// vectors. Source row u adds its taps to the `kernel` written rows u - kernel + 1 .. u, so that as
+// many rows of chains are always under way; the oldest is then complete. Rows outside the tile are
+// computed with them and dropped, source rows outside [tile.first, tile.end) add nothing.
+template <class T, int kernel, int vecs>
+void roll_strip(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
+  using E = Total<T>;
+  using V = Vec<E>;
+  constexpr int chains = chains_of<T>;
+  constexpr bool cut = kernel * kernel > group_length<T>;
+  V acc[kernel][vecs][chains], total[kernel][vecs];
+#pragma GCC unroll 8
+  for (int i = 0; i < kernel; ++i)
+#pragma GCC unroll 8
+    for (int c = 0; c < vecs; ++c) {
+      total[i][c] = V::zero();
+#pragma GCC unroll 2
+      for (int q = 0; q < chains; ++q) acc[i][c][q] = V::zero();
+    }
+  const auto fold = [&](int i, int c) __attribute__((always_inline)) {
+    V group = acc[i][c][0];
+    if constexpr (chains == 2) group = group + acc[i][c][1];
+    for (int q = 0; q < chains; ++q) acc[i][c][q] = V::zero();
+    return (cut ? total[i][c] : V::zero()) + group;
+  };
+  const V bias = V::broadcast(phase.bias);
+  const E* row = tile.source + phase.lists.runs[0].source + tile.first * tile.source_step;
+  const T* ahead = tile.ahead;
+  T* out = tile.out + (tile.first - kernel + 1) * tile.out_step;
+  for (int64_t u = tile.first;; u += kernel)
+#pragma GCC unroll 8
+    for (int s = 0; s < kernel; ++s) {
+      if (u + s < tile.end) {
+        prefetch(ahead);
+        if (vecs * sizeof(V) > 64) prefetch(ahead + 64 / sizeof(T));
+        ahead += tile.ahead_step;
+        const E* from = row;
+#pragma GCC unroll 8
+        for (int kw = 0; kw < kernel; ++kw, from += phase.w_step) {
+          V x[vecs];
+#pragma GCC unroll 8
+          for (int c = 0; c < vecs; ++c)
+            x[c] = V::load(from + (c + 1 < vecs ? c * V::lanes : tile.last));
+#pragma GCC unroll 8
+          for (int kh = 0; kh < kernel; ++kh) {
+            constexpr int length = group_length<T>;
+            const int i = (s - kh + kernel) % kernel, number = kh * kernel + kw;
+            const V tap = V::broadcast(phase.weights[number]);
+#pragma GCC unroll 8
+            for (int c = 0; c < vecs; ++c) {
+              if (number > 0 && number % length == 0) total[i][c] = fold(i, c);
+              V& chain = acc[i][c][number % length % chains];
+              chain = fma(x[c], tap, chain);
+            }
+          }
+        }
+        row += tile.source_step;
+      }
+      const int64_t done = u + s - kernel + 1;
+      const int i = (s + 1) % kernel;
+#pragma GCC unroll 8
+      for (int c = 0; c < vecs; ++c) {
+        const V result = canonical(fold(i, c) + bias);
+        if (cut) total[i][c] = V::zero();
+        if (done < 0) continue;
+        T* const to = out + (c + 1 < vecs ? c * V::lanes : tile.last);
+        if (vecs > 1 || tile.lanes >= V::lanes)
+          result.store(to);
+        else
+          result.store(to, tile.lanes);
+      }
+      if (done + 1 == tile.rows) return;
+      out += tile.out_step;
+    }
+}
+
+// What is made of the rows and columns of a phase.
+enum class PlaneWay { list, slide, roll };
+
+constexpr int tile_rows[] = {1, 2, 4, 5, 7};
+
+constexpr bool tile_fits(int rows, int vecs, int registers) {
+  return rows * vecs <= (registers == 32 ? 24 : 12);
+}
+template <class T>
+constexpr int widest_strip(int kernel) {
+  const int fit = (Vec<Total<T>>::registers - 3) / (kernel * chains_of<T>);
+  return fit < 1 ? 1 : fit < 3 ? fit : 3;
+}
+
+template <class T, PlaneWay way, int kernel, int rows, int vecs>
+constexpr PlaneTileFunction<T> plane_tile() {
+  if constexpr (way == PlaneWay::roll) {
+    if constexpr (vecs <= widest_strip<T>(kernel)) return roll_strip<T, kernel, vecs>;
+  } else if constexpr (tile_fits(rows, vecs, Vec<Total<T>>::registers)) {
+    if constexpr (way == PlaneWay::list) return list_tile<T, rows, vecs>;
+    if constexpr (way == PlaneWay::slide) return slide_tile<T, kernel, rows, vecs>;
+  }
+  return nullptr;
+}
+
+template <class T, PlaneWay way, int kernel, int rows>
+PlaneTileFunction<T> plane_tile(int64_t vecs) {
+  switch (vecs) {
+    case 1: return plane_tile<T, way, kernel, rows, 1>();
+    case 2: return plane_tile<T, way, kernel, rows, 2>();
+    case 3: return plane_tile<T, way, kernel, rows, 3>();
+  }
+  if constexpr (way == PlaneWay::list && rows == 1) {
+    if (vecs == 6) return plane_tile<T, way, kernel, rows, 6>();
+    if (vecs == 8) return plane_tile<T, way, kernel, rows, 8>();
+  }
+  return nullptr;
+}
+
+template <class T, PlaneWay way, int kernel>
+PlaneTileFunction<T> plane_tile(int64_t rows, int64_t vecs) {
+  if constexpr (way == PlaneWay::roll) {
+    return plane_tile<T, way, kernel, 1>(vecs);
+  } else {
+    switch (rows) {
+      case 1: return plane_tile<T, way, kernel, 1>(vecs);
+      case 2: return plane_tile<T, way, kernel, 2>(vecs);
+      case 4: return plane_tile<T, way, kernel, 4>(vecs);
+      case 5: return plane_tile<T, way, kernel, 5>(vecs);
+      case 7: return plane_tile<T, way, kernel, 7>(vecs);
+    }
+    return nullptr;
+  }
+}
+
+template <class T>
+PlaneTileFunction<T> plane_tile(PlaneWay way, int64_t kernel, int64_t rows, int64_t vecs) {
+  if (way == PlaneWay::roll)
+    return kernel == 3   ? plane_tile<T, PlaneWay::roll, 3>(rows, vecs)
+           : kernel == 5 ? plane_tile<T, PlaneWay::roll, 5>(rows, vecs)
+                         : plane_tile<T, PlaneWay::roll, 7>(rows, vecs);
+  if constexpr (chains_of<T> == 1)
+    if (way == PlaneWay::slide)
+      return kernel == 3 ? plane_tile<T, PlaneWay::slide, 3>(rows, vecs)
+                         : plane_tile<T, PlaneWay::slide, 5>(rows, vecs);
+  return plane_tile<T, PlaneWay::list, 0>(rows, vecs);
+}
+
+// How `rows` x at most `columns` positions are covered.
+template <class T>
+struct PlaneTiling {
+  static constexpr int L = Vec<Total<T>>::lanes;
+  int64_t rows = 0, columns = 0, tile_rows = 1;
+  PlaneTileFunction<T> function[9] = {};  // by the number of vectors
+
+  // The next tile's vectors if `left` are left of a row.
+  int64_t next(int64_t left) const {
+    if (function[8]) return left >= 8 ? 8 : left >= 6 ? 6 : left >= 3 ? 3 : left;
+    if (!function[2]) return 1;
+    if (!function[3]) return left >= 2 ? 2 : 1;
+    return left == 4 ? 2 : left >= 3 ? 3 : left;
+  }
+
+  PlaneTiling() = default;
+  PlaneTiling(int64_t rows, int64_t columns, PlaneWay way, int64_t kernel)
+      : rows(rows), columns(columns) {
+    const int widest = static_cast<int>(smaller((columns + L - 1) / L, 3));
+    // Chains wait for each other where few are under way.
+    if (way == PlaneWay::roll && kernel * widest * chains_of<T> < 5) way = PlaneWay::list;
+    int64_t best = INT64_MAX;
+    for (const int some : TNC_ISA::tile_rows) {  // the loads of a tile grow slower than its rows
+      const int64_t cost = (rows + some - 1) / some * (some + 1);
+      if (some > rows || !tile_fits(some, widest, Vec<Total<T>>::registers) || cost > best)
+        continue;
+      best = cost;
+      tile_rows = some;
+    }
+    if (way == PlaneWay::roll) tile_rows = rows;
+    for (int64_t vecs = 1; vecs <= 8; ++vecs)
+      function[vecs] = plane_tile<T>(way, kernel, tile_rows, vecs);
+  }
+
+  // One row of tiles. `tile` has everything but `last` and `lanes`, at the row's first column.
+  TNC_INLINE void run(const PlanePhase<T>& phase, int64_t columns, PlaneTile<T> tile) const {
+    const int64_t vecs = (columns + L - 1) / L;
+    tile.lanes = static_cast<int>(smaller(columns, L));
+    for (int64_t v = 0; v < vecs;) {
+      const int64_t some = next(vecs - v);
+      tile.last = v + some < vecs ? (some - 1) * L : larger(columns - L, 0) - v * L;
+      function[some](phase, tile);
+      v += some;
+      tile.source += some * L;
+      tile.out += some * L;
+      tile.ahead += some * L;
+    }
+  }
+};
+
+// to[row][i] = from[row][i]; n elements of which the last vectors may overlap.
+template <class T>
+void widen_rows(const T* from, int64_t from_pitch, int64_t rows, int64_t n, Total<T>* to,
+                int64_t to_pitch) {
+  using V = Vec<Total<T>>;
+  constexpr int L = V::lanes;
+  if (n < L) {
+    for (; rows > 0; --rows, from += from_pitch, to += to_pitch)
+      V::load(from, static_cast<int>(n)).store(to, static_cast<int>(n));
+    return;
+  }
+  for (; rows > 0; --rows, from += from_pitch, to += to_pitch) {
+    for (int64_t i = 0; i < n - L; i += L) V::load(from + i).store(to + i);
+    V::load(from + n - L).store(to + n - L);
+  }
+}
+
+// to[row][p % step * part + p / step] = from[row][p - begin], begin <= p < end.
+template <class T>
+void split_rows(const T* from, int64_t from_pitch, int64_t rows, int64_t begin, int64_t end,
+                int64_t step, int64_t part, Total<T>* to, int64_t to_pitch) {
+  using V = Vec<Total<T>>;
+  constexpr int L = V::lanes;
+  if (step == 1) return widen_rows(from, from_pitch, rows, end - begin, to + begin, to_pitch);
+  const int64_t first = begin + begin % 2, pairs = step == 2 ? (end - first) / 2 : 0;
+  const T* const pair = from + (first - begin);
+  for (int64_t row = 0; row < rows; ++row, to += to_pitch) {
+    const int64_t skip = row * from_pitch;
+    const auto move = [&](int64_t i) __attribute__((always_inline)) {
+      V even, odd;
+      V::split(V::load(pair + skip + 2 * i), V::load(pair + skip + 2 * i + L), even, odd);
+      even.store(to + first / 2 + i);
+      odd.store(to + part + first / 2 + i);
+    };
+    const auto one = [&](int64_t p) __attribute__((always_inline)) {
+      to[p % step * part + p / step] = widened(from[skip + p - begin]);
+    };
+    int64_t p = begin;
+    if (pairs >= L) {
+      if (begin < first) one(begin);
+      for (int64_t i = 0; i < pairs - L; i += L) move(i);
+      move(pairs - L);
+      p = first + 2 * pairs;
+    }
+    for (; p < end; ++p) one(p);
+  }
+}
+
+// to[i * parts + q] = from[q * pitch + i] for the `n` elements of `to`.
+template <class T>
+TNC_INLINE void merge_run(const T* from, int64_t pitch, int64_t parts, int64_t n, T* to) {
+  using V = Vec<Total<T>>;
+  constexpr int L = V::lanes;
+  int64_t done = 0;
+  if (parts == 2 && n >= 2 * L) {
+    const auto move = [&](int64_t i) {
+      V a, b;
+      V::merge(V::load(from + i), V::load(from + pitch + i), a, b);
+      a.store(to + 2 * i);
+      b.store(to + 2 * i + L);
+    };
+    const int64_t pairs = n / 2;
+    for (int64_t i = 0; i < pairs - L; i += L) move(i);
+    move(pairs - L);
+    done = 2 * pairs;
+  }
+  for (; done < n; ++done) to[done] = from[done % parts * pitch + done / parts];
+}
+
+template <class T>
+bool map_planes(const ConvProblem& p) {
+  using E = Total<T>;
+  constexpr int L = Vec<E>::lanes;
+  const ConvShape& s = p.shape;
+  const bool transposed = p.direction == Direction::grad_input;
+  const int64_t group = transposed ? s.group_in() : s.group_out();  // written channels of a group
+  const int64_t planes = transposed ? s.group_out() : s.group_in();
+  const int64_t channels = transposed ? s.in_channels : s.out_channels;
+  const RawView& source = transposed ? p.output : p.input;
+  const RawView& written = transposed ? p.input : p.output;
+  MapAxis axis[3];
+  for (int a = 0; a < 3; ++a) axis[a] = MapAxis::of(s.axis[a], transposed);
+  const int64_t phases[3] = {axis[0].phases(), axis[1].phases(), axis[2].phases()};
+  const int64_t phase_count = phases[0] * phases[1] * phases[2], numbers = planes * s.taps();
+  const int64_t period_h = axis[1].period, period_w = axis[2].period, step_w = axis[2].step;
+  if (group >= L || source.stride[4] != 1 || written.stride[4] != 1) return false;
+  if ((axis[2].written + period_w - 1) / period_w * 2 <= L) return false;  // too few lanes used
+  PanelShape panel{1, planes, {}, 1};
+  Chunks chunks;
+  if (phase_count > 4096 || numbers > 1 << 16 ||
+      !choose_chunks(axis, sizeof(E), planes_bytes, INT64_MAX, false, chunks, panel))
+    return false;
+  const int64_t part = (panel.extent[2] + step_w - 1) / step_w;  // of a row, of one remainder
+  panel.extent[2] = part * step_w;
+
+  const int64_t most_chains = chains_of<T> * (numbers / group_length<T> + 1) * phase_count;
+  Arena& plan = plan_arena();
+  plan.reset(Arena::bytes_for<E>(channels * numbers) + Arena::bytes_for<MapRun>(numbers) +
+             Arena::bytes_for<int32_t>(most_chains) + Arena::bytes_for<int32_t>(phase_count + 1));
+  E* const weights = plan.take<E>(channels * numbers);
+  TermLists lists;
+  lists.runs = plan.take<MapRun>(numbers);
+  lists.chain_end = plan.take<int32_t>(most_chains);
+  lists.phase_begin = plan.take<int32_t>(phase_count + 1);
+  const bool finite = pack_weights<T>(p, channels, group, planes, 1, false, weights);
+  if (transposed && !finite) return false;
+  const int64_t nearest = smaller(axis[2].numerator(0), axis[2].numerator(axis[2].kernel - 1));
+  list_terms<T>(
+      axis, phases, panel, false,
+      [&](int64_t phase, int64_t k) {
+        if (step_w == 1) return axis[2].shift(phase, k);
+        const int64_t distance = axis[2].numerator(k) - nearest;
+        return distance % step_w * part + distance / step_w;
+      },
+      lists);
+  const int64_t kernel = axis[1].kernel;
+  bool plain = kernel == axis[2].kernel && (kernel == 3 || kernel == 5 || kernel == 7);
+  for (int a = 0; a < 3; ++a) plain = plain && s.axis[a].stride == 1 && s.axis[a].dilation == 1;
+  const PlaneWay way = !plain                       ? PlaneWay::list
+                       : numbers == kernel * kernel ? PlaneWay::roll
+                       : kernel < 7 && numbers <= group_length<T> && chains_of<T> == 1
+                           ? PlaneWay::slide
+                           : PlaneWay::list;
+  const bool upwards = transposed && way != PlaneWay::list;  // the order in which taps read rows
+
+  const auto work = [&](int64_t begin, int64_t end) {
+    const int64_t staged_pitch = chunks.size[2] / period_w + 1 + L;
+    Arena& arena = task_arena();
+    arena.reset(Arena::bytes_for<E>(panel.size() + L) +
+                Arena::bytes_for<T>(period_w * 7 * staged_pitch));
+    E* const values = arena.take<E>(panel.size() + L);
+    T* const staged = arena.take<T>(period_w * 7 * staged_pitch);
+    PlanePhase<T> phase{lists, 0, 0, nullptr, E(0), planes * axis[0].kernel, axis[2].sign};
+    PlaneTiling<T> tiling;
+    int64_t cleared_for = -1;
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t number = piece % chunks.total(), g = piece / chunks.total() % s.groups;
+      const int64_t n = piece / chunks.total() / s.groups;
+      const Chunk chunk = chunks.chunk(number);
+      if (number != cleared_for) {  // the padding stays clear from one plane to the next
+        std::memset(values, 0, (panel.size() + L) * sizeof(E));
+        cleared_for = number;
+      }
+      int64_t first[3], from[3], to[3];  // what a panel holds, and what of that lies in the tensor
+      for (int a = 0; a < 3; ++a) {
+        first[a] = axis[a].first_source(chunk.begin[a]);
+        from[a] = larger(first[a], 0);
+        to[a] = smaller(first[a] + axis[a].source_extent(chunk.size[a]), axis[a].source);
+      }
+      const T* const plane = static_cast<const T*>(source.data) + n * source.stride[0] +
+                             g * planes * source.stride[1] + from[2];
+      if (from[2] < to[2])
+        for (int64_t j = 0; j < planes; ++j)
+          for (int64_t d = from[0]; d < to[0]; ++d)
+            split_rows(
+                plane + j * source.stride[1] + d * source.stride[2] + from[1] * source.stride[3],
+                source.stride[3], to[1] - from[1], from[2] - first[2], to[2] - first[2], step_w,
+                part,
+                values + j * panel.plane_pitch() + (d - first[0]) * panel.slice_pitch() +
+                    (from[1] - first[1]) * panel.row_pitch(),
+                panel.row_pitch());
+      // For strips: source rows in the order of the taps, without the padding if that adds nothing.
+      int64_t first_row = 0, end_row = panel.extent[1];
+      if (finite) {
+        first_row = upwards ? first[1] + panel.extent[1] - to[1] : from[1] - first[1];
+        end_row = upwards ? first[1] + panel.extent[1] - from[1] : to[1] - first[1];
+        first_row = smaller(first_row, kernel - 1);
+        end_row = larger(end_row, first_row);
+      }
+      const T* const ahead = chunks.total() == 1 ? plane + planes * source.stride[1]
+                                                 : plane + to[1] * source.stride[3];
+      for (int64_t c = g * group; c < (g + 1) * group; ++c) {
+        phase.weights = weights + c * numbers;
+        phase.bias = p.bias ? widened(static_cast<const T*>(p.bias)[c]) : E(0);
+        for (int64_t d = 0; d < chunk.size[0]; ++d)
+          for (int64_t qh = 0; qh < smaller(period_h, chunk.size[1]); ++qh) {
+            const int64_t rows = (chunk.size[1] - qh + period_h - 1) / period_h;
+            const int64_t at_d = chunk.begin[0] + d, at_h = chunk.begin[1] + qh;
+            const E* const slice = values + (axis[0].base(at_d) - first[0]) * panel.slice_pitch();
+            T* const result = static_cast<T*>(written.data) + n * written.stride[0] +
+                              c * written.stride[1] + at_d * written.stride[2] +
+                              chunk.begin[2] * written.stride[4];
+            const int64_t of_row =
+                (at_d % axis[0].period * phases[1] + at_h % period_h) * phases[2];
+            const int64_t columns =
+                (chunk.size[2] + period_w - 1) / period_w;  // of a phase, or 1 more
+            if (tiling.rows != rows || tiling.columns != columns)
+              tiling = PlaneTiling<T>(rows, columns, way, kernel);
+            const int64_t some = tiling.tile_rows;
+            for (int64_t next = 0; next < rows; next += some) {
+              const int64_t row =
+                  smaller(next, rows - some);  // the last may overlap the one before
+              for (int64_t qw = 0; qw < smaller(period_w, chunk.size[2]); ++qw) {
+                const int64_t at_w = chunk.begin[2] + qw;
+                const int64_t q = of_row + at_w % period_w;
+                phase.chain = lists.phase_begin[q];
+                phase.last_chain = lists.phase_begin[q + 1];
+                const int64_t lead = upwards ? row + some - 1 : row;
+                PlaneTile<T> tile;
+                tile.source =
+                    slice +
+                    (axis[1].base(at_h) + lead * axis[1].step - first[1]) * panel.row_pitch() +
+                    (step_w == 1 ? axis[2].base(at_w) - first[2] : 0);
+                tile.source_step = (upwards ? -1 : axis[1].step) * panel.row_pitch();
+                if (period_w == 1) {
+                  tile.out = result + (at_h + lead * period_h) * written.stride[3];
+                  tile.out_step = (upwards ? -1 : period_h) * written.stride[3];
+                } else {
+                  tile.out = staged + qw * 7 * staged_pitch;
+                  tile.out_step = staged_pitch;
+                }
+                tile.rows = rows;
+                tile.first = first_row;
+                tile.end = end_row;
+                tile.ahead = ahead;
+                tile.ahead_step = source.stride[3];
+                tiling.run(phase, (chunk.size[2] - qw + period_w - 1) / period_w, tile);
+              }
+              if (period_w > 1)
+                for (int64_t i = 0; i < some; ++i)
+                  merge_run(staged + i * staged_pitch, 7 * staged_pitch, period_w, chunk.size[2],
+                            result + (at_h + (row + i) * period_h) * written.stride[3]);
+            }
+          }
+      }
+    }
+  };
+  const int64_t products = chunks.size[0] * chunks.size[1] * chunks.size[2] * group * numbers;
+  parallel_for(s.batch * s.groups * chunks.total(), 1 + worthwhile_products / (products + 1),
+               environment_of<T>, work);
+  return true;
+}
+
+}  // namespace torch_naiveconv::TNC_ISA
