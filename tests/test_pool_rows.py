@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from torch_naiveconv import functional as F
+from torch_naiveconv import ops
 
 FAST = [row for row in F.implementations("max_pool2d", "cpu") if row != "naive"]
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -169,6 +170,79 @@ def test_random_backward(seed, row):
     assert_same_bits(got, gradients(ours, impl="naive"), what)
     if kind == "normal" and dtype in (torch.float32, torch.float64):
         torch.testing.assert_close(got, gradients(theirs), msg=what)
+
+
+# Sizes at the seams of the gradient kernels: rows shorter and longer than a vector, one left over.
+SEAMS = [
+    ((3, 5, 28, 28), 2, 2, 0),
+    ((2, 3, 9, 34), 2, 2, 0),
+    ((2, 3, 9, 16), 2, 2, 1),
+    ((2, 7, 20, 111), 3, 2, 0),
+    ((2, 7, 21, 112), 3, 2, 1),
+    ((2, 3, 12, 28), 3, 1, 1),
+    ((1, 2, 3, 4), 3, 1, 1),
+    ((2, 3, 20, 20), 5, 1, 2),
+    ((1, 9, 20, 20), 13, 1, 6),
+    ((2, 3, 1, 80), (1, 4), (1, 4), 0),
+    ((1, 3, 6, 8, 34), 2, 2, 0),
+    ((1, 5, 5, 9, 28), 3, 2, 1),
+]
+
+
+@pytest.mark.parametrize("row", FAST)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "flat"])
+@pytest.mark.parametrize("seam", SEAMS)
+def test_gradient_at_the_seams(seam, layout, row):
+    shape, kernel, stride, padding = seam
+    pool, _ = functions(shape)
+    generator = torch.Generator().manual_seed(len(shape) + shape[-1])
+    for dtype in FLOATS:
+        x = values(generator, shape, dtype, "ties")
+        if layout == "channels_last":
+            x = x.contiguous(memory_format=FORMATS[x.dim()])
+        x.requires_grad_()
+        got = []
+        for impl in (row, "naive"):
+            ceil = layout == "contiguous"
+            out = pool(x, kernel, stride, padding, 1, ceil, layout == "flat", impl=impl)
+            out = out[0] if layout == "flat" else out
+            if not got:
+                weights = values(generator, out.shape, dtype, "ties")
+            got.append(torch.autograd.grad(out, x, weights)[0])
+        assert_same_bits(*got, (seam, dtype))
+
+
+@pytest.mark.parametrize("row", FAST)
+@pytest.mark.parametrize("shape", [(1, 5, 9, 10), (1, 3, 5, 4, 6)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [(2, 2, 0), (3, 2, 1), (3, 1, 1), (5, 1, 2)]
+)
+def test_indices_made_by_hand(shape, kernel, stride, padding, row):
+    """No offset reads or writes out of bounds, and one that names no tap is nobody's."""
+    dims = len(shape) - 2
+    ours, _ = functions(shape)
+    generator = torch.Generator().manual_seed(0)
+    out = ours(torch.zeros(shape), kernel, stride, padding)
+    grad = torch.randn(out.shape, generator=generator)
+    rest = [kernel] * dims, [stride] * dims, [padding] * 2 * dims, [1] * dims, "first"
+    for dtype, low, high in [
+        (torch.uint8, 0, 256),
+        (torch.int16, -9, 200),
+        (torch.int32, -(2**31), 2**31),
+    ]:
+        index = torch.randint(low, high, out.shape, generator=generator).to(dtype)
+        index = torch.where(
+            torch.rand(out.shape, generator=generator) < 0.5, index, index % kernel**dims
+        )
+        for image in (index, index.contiguous(memory_format=FORMATS[index.dim()])):
+            arguments = (grad, image, list(shape[2:]), *rest)
+            got = ops.max_pool_scatter(*arguments, row)
+            assert_same_bits(got, ops.max_pool_scatter(*arguments, "naive"), dtype)
+    far = torch.randint(-(2**62), 2**62, out.shape, generator=generator)
+    near = torch.randint(-5, shape[-1] * shape[-2], out.shape, generator=generator)
+    for index in (far, near):
+        got = ops.max_pool_scatter(grad, index, list(shape[2:]), *rest, row)
+        assert got.isfinite().all()
 
 
 @pytest.mark.parametrize("row", FAST)

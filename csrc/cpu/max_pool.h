@@ -38,9 +38,9 @@ bool run_pool(const PoolProblem& problem, const char* first);
 // ambiguous.
 void max_pool_forward_at(const PoolProblem& problem, Position output);
 
-// Scatter (ties first and last) and gather by looking up what each window chose. An index that no
-// forward call of this shape returns may send a gradient to another input of its plane, never
-// elsewhere.
+// Scatter (ties first and last) and gather by looking up what each window chose. A flat index that
+// no forward call of this shape returns may send a gradient to another input of its plane, never
+// elsewhere; an offset that names no tap in the input sends it nowhere.
 bool run_pool_by_index(const PoolProblem& problem);
 
 // Max-unpooling of planes: output[plane][indices[plane][j]] = input[plane][j], the last j winning,

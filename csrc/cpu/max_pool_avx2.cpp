@@ -43,6 +43,10 @@ struct Masked {
     else
       _mm256_maskstore_epi64(reinterpret_cast<long long*>(to), (__m256i)mask, (__m256i)v);
   }
+  // As many bytes as there are lanes of 4 bytes.
+  static __m256i widen(const uint8_t* from) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  }
 };
 }  // namespace
 }  // namespace TNC_ISA

@@ -46,6 +46,10 @@ struct Masked {
     else
       _mm512_mask_storeu_epi64(to, _mm512_movepi64_mask((__m512i)mask), (__m512i)v);
   }
+  // As many bytes as there are lanes of 4 bytes.
+  static __m512i widen(const uint8_t* from) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
 };
 }  // namespace
 }  // namespace TNC_ISA

@@ -45,164 +45,214 @@ T result_of(Total<T> sum) {
   }
 }
 
-// Some planes of one image: element (position, plane) lies at position * step + plane * pitch.
-template <class T>
-struct Planes {
-  T* data;
-  int64_t step, pitch;
-
-  // body(pointer, step, count) for runs of `positions` in all planes, along the shorter step.
-  template <class Body>
-  void runs(int64_t positions, int64_t planes, const Body& body) const {
-    using One = std::integral_constant<int64_t, 1>;
-    if (pitch == 1)
-      for (int64_t i = 0; i < positions; ++i) body(data + i * step, One{}, planes);
-    else if (step == 1)
-      for (int64_t plane = 0; plane < planes; ++plane) body(data + plane * pitch, One{}, positions);
-    else
-      for (int64_t plane = 0; plane < planes; ++plane) body(data + plane * pitch, step, positions);
-  }
-};
-
+// Sums are kept in a buffer of rows with their padding, so that every tap of every window has a
+// place of its own: no test is needed at the borders, and what falls into the padding is dropped.
+// The buffer travels through the plane with the windows and stays in the first cache.
 template <class T, class Index, bool flat>
 class Scatter {
  public:
-  Scatter(const PoolProblem& problem) : p_(problem), s_(problem.shape) {
+  explicit Scatter(const PoolProblem& problem) : p_(problem), s_(problem.shape) {
     const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
-    if (!flat)
-      for (int64_t kd = 0; kd < d.kernel; ++kd)
-        for (int64_t kh = 0; kh < h.kernel; ++kh)
-          for (int64_t kw = 0; kw < w.kernel; ++kw)
-            distance_.push_back(s_.flat_of(kd * d.dilation, kh * h.dilation, kw * w.dilation));
-    if (sizeof(Index) == 1) distance_.resize(256, nowhere);  // any index is an entry
+    images_ = s_.batch, planes_ = s_.channels;
+    const auto one_list = [&](const RawView& v) { return v.stride[0] == planes_ * v.stride[1]; };
+    channels_last_ = p_.input.stride[1] == 1 && p_.output.stride[1] == 1 &&
+                     p_.index.stride[1] == 1 && planes_ > 1 && p_.input.stride[4] != 1;
+    if (!channels_last_ && one_list(p_.input) && one_list(p_.output) && one_list(p_.index))
+      planes_ *= images_, images_ = 1;
+    side_ = channels_last_ ? std::min<int64_t>(planes_, 64) : 4;
+    groups_ = (planes_ + side_ - 1) / side_;
 
-    const int64_t* const stride = p_.input.stride;
-    const bool linear = stride[3] == w.in * stride[4] && stride[2] == h.in * stride[3];
-    in_place_ = linear && std::is_same_v<T, Total<T>>;
-    // Channels innermost: many, a run of memory. Else a few planes side by side, so that the
-    // additions to one input, which wait for each other, do not make all wait.
-    channels_last_ = stride[1] == 1 && s_.channels > 1 && p_.output.stride[1] == 1;
-    side_ = channels_last_ ? std::min<int64_t>(s_.channels, 64) : 4;
-    groups_ = (s_.channels + side_ - 1) / side_;
-    // Bands of rows that stay in the second cache, and are long against the windows' reach.
-    rows_ = d.in * h.in;
-    const int64_t row = w.in * side_ * int64_t(sizeof(Total<T>));
-    const int64_t reach = (h.kernel - 1) * h.dilation + 1;
-    band_ = std::clamp<int64_t>(std::max((int64_t{1} << 18) / row, 4 * reach), 1, rows_);
+    // A padded row holds its planes one after another, or those of every position together.
+    width_ = extent(w), height_ = extent(h), rows_ = extent(d) * height_;
+    step_ = channels_last_ ? side_ : 1, pitch_ = channels_last_ ? 1 : width_;
+    row_ = width_ * side_;
+    span_ = reach(d) * height_ + reach(h) + 1;
+    room_ = (span_ - 1) * row_ + reach(w) * step_ + 1;
+    const int64_t budget = (channels_last_ ? 131072 : 24576) / int64_t(sizeof(Total<T>));
+    held_ = std::min(std::max(budget / row_, 2 * span_), rows_ + span_);
+    // Windows between two bands are visited twice: bands only where threads would have no plane.
+    const int64_t tasks = images_ * groups_, threads = thread_count();
+    band_ = threads == 1 || tasks >= 2 * threads ? rows_ : rows_ * tasks / (2 * threads);
+    band_ = std::min(std::max(band_, 4 * span_), rows_);
     bands_ = (rows_ + band_ - 1) / band_;
+    list_entries();
+  }
+
+  // Is the padding small enough for a buffer?
+  static bool fits(const PoolShape& s) {
+    constexpr int64_t limit = int64_t{1} << 24;
+    int64_t size = 1;
+    for (const Axis& a : s.axis) {
+      if (a.kernel > limit || a.stride > limit || a.dilation > limit || a.pad > limit) return false;
+      const int64_t axis = extent(a);
+      if (axis > 4 * a.in + 4096 || axis >= (int64_t{1} << 40) / size) return false;
+      size *= axis;
+    }
+    return true;
   }
 
   void run() const {
-    parallel_for(s_.batch * groups_ * bands_, 1 + 8192 / (s_.outputs() * side_ / bands_ + 1),
+    parallel_for(images_ * groups_ * bands_, 1 + 8192 / (s_.outputs() * side_ / bands_ + 1),
                  FloatEnvironment::gradual, [&](int64_t begin, int64_t end) {
-                   std::vector<Total<T>> sums;
-                   if (!in_place_) sums.resize(static_cast<size_t>(band_ * s_.axis[2].in * side_));
+                   std::vector<Total<T>> buffer(static_cast<size_t>(held_ * row_));
                    for (int64_t task = begin; task < end; ++task) {
-                     const int64_t plane = task / bands_;
+                     const int64_t group = task / bands_;
                      Band b;
-                     b.n = plane / groups_, b.channel = plane % groups_ * side_;
-                     b.planes = std::min(side_, s_.channels - b.channel);
+                     b.n = group / groups_, b.plane = group % groups_ * side_;
+                     b.planes = std::min(side_, planes_ - b.plane);
                      b.begin = task % bands_ * band_;
                      b.end = std::min(b.begin + band_, rows_);
-                     scatter(b, sums.data());
+                     scatter(b, buffer.data());
                    }
                  });
   }
 
  private:
-  static constexpr int64_t nowhere = int64_t{1} << 60;
-
-  // Rows [begin, end) of the input, those of all depths counted together, in some channels.
+  // Padded rows [begin, end), those of all depths counted together, in some planes.
   struct Band {
-    int64_t n, channel, planes, begin, end;
+    int64_t n, plane, planes, begin, end;
   };
 
-  void scatter(const Band& b, Total<T>* buffer) const {
-    const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
-    const int64_t size = (b.end - b.begin) * w.in;
-    T* const input =
-        static_cast<T*>(p_.input.data) + b.n * p_.input.stride[0] + b.channel * p_.input.stride[1];
-    Planes<Total<T>> sums{buffer, side_, 1};
-    if constexpr (std::is_same_v<T, Total<T>>)
-      if (in_place_)
-        sums = {input + b.begin * w.in * p_.input.stride[4], p_.input.stride[4],
-                p_.input.stride[1]};
-    sums.runs(size, b.planes, [](Total<T>* run, auto step, int64_t count) {
-      for (int64_t i = 0; i < count; ++i) run[i * step] = Total<T>(0);
-    });
-
-    const int64_t first = b.begin / h.in, last = (b.end - 1) / h.in;  // planes of depth
-    for (int64_t od = d.first_output(first); od <= d.last_output(last); ++od) {
-      const int64_t begin = first == last ? h.first_output(b.begin % h.in) : 0;
-      const int64_t end = first == last ? h.last_output((b.end - 1) % h.in) + 1 : h.out;
-      for (int64_t oh = begin; oh < end; ++oh) add_row(b, od, oh, sums, size);
-    }
-
-    if (in_place_) {
-      if constexpr (std::is_floating_point_v<T>)
-        sums.runs(size, b.planes, [](T* run, auto step, int64_t count) {
-          int64_t nans = 0;
-          for (int64_t i = 0; i < count; ++i) nans += run[i * step] != run[i * step];
-          if (nans == 0) return;
-          for (int64_t i = 0; i < count; ++i) run[i * step] = canonical(run[i * step]);
-        });
-      return;
-    }
-    for (int64_t row = b.begin; row < b.end; ++row)
-      for (int64_t iw = 0; iw < w.in; ++iw)
-        for (int64_t plane = 0; plane < b.planes; ++plane)
-          input[place(p_.input, 0, plane, row / h.in, row % h.in, iw)] = result_of<T>(
-              sums.data[((row - b.begin) * w.in + iw) * sums.step + plane * sums.pitch]);
+  // Distance of the last tap from the first.
+  static int64_t reach(const Axis& a) { return (a.kernel - 1) * a.dilation; }
+  // Inputs with their padding, as far as windows go.
+  static int64_t extent(const Axis& a) {
+    return std::max(a.pad + a.in, (a.out - 1) * a.stride + reach(a) + 1);
+  }
+  int64_t padded(int64_t d, int64_t h, int64_t w) const {
+    return (d * height_ + h) * row_ + w * step_;
   }
 
-  // The windows of one row of outputs.
-  void add_row(const Band& b, int64_t od, int64_t oh, const Planes<Total<T>>& sums,
-               int64_t size) const {
-    const Axis& w = s_.axis[2];
-    const T* const grad =
-        static_cast<const T*>(p_.output.data) + place(p_.output, b.n, b.channel, od, oh, 0);
-    const Index* const index =
-        static_cast<const Index*>(p_.index.data) + place(p_.index, b.n, b.channel, od, oh, 0);
-    const int64_t low = b.begin * w.in;
-    const int64_t base =
-        s_.flat_of(s_.axis[0].input_of(od, 0), s_.axis[1].input_of(oh, 0), w.input_of(0, 0)) - low;
-    const int64_t* const distances = distance_.data();
-    const uint64_t taps = distance_.size();
-    const RawView &g = p_.output, &x = p_.index;
-    // Steps along the row and pitches between planes: 1 as a constant where it is one.
-    const auto add = [&](auto planes, auto g_step, auto g_pitch, auto x_step, auto x_pitch,
-                         auto to_step, auto to_pitch) {
-      for (int64_t ow = 0; ow < w.out; ++ow)
-        for (int64_t plane = 0; plane < planes; ++plane) {
-          const Index chosen = index[ow * x_step + plane * x_pitch];
-          int64_t position;
-          if constexpr (flat) {
-            position =
-                static_cast<int64_t>(static_cast<uint64_t>(chosen) - static_cast<uint64_t>(low));
-          } else {
-            if (sizeof(Index) > 1 && static_cast<uint64_t>(chosen) >= taps) continue;
-            position = base + ow * w.stride + distances[chosen];
-          }
-          if (static_cast<uint64_t>(position) >= static_cast<uint64_t>(size)) continue;
-          Total<T>& sum = sums.data[position * to_step + plane * to_pitch];
-          sum = sum_of<T>(sum, grad[ow * g_step + plane * g_pitch]);
-        }
+  // Where an index points to: from the window's first tap, or from the first of the plane.
+  void list_entries() {
+    const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
+    entries_.assign(sizeof(Index) == 1 ? 256 : flat ? s_.inputs() : s_.taps(), nowhere);
+    size_t entry = 0;
+    if (flat) {
+      for (int64_t id = 0; id < d.in; ++id)
+        for (int64_t ih = 0; ih < h.in; ++ih)
+          for (int64_t iw = 0; iw < w.in; ++iw)
+            entries_[entry++] = padded(id + d.pad, ih + h.pad, iw + w.pad);
+    } else {
+      for (int64_t kd = 0; kd < d.kernel; ++kd)
+        for (int64_t kh = 0; kh < h.kernel; ++kh)
+          for (int64_t kw = 0; kw < w.kernel; ++kw)
+            entries_[entry++] = padded(kd * d.dilation, kh * h.dilation, kw * w.dilation);
+    }
+  }
+
+  void scatter(const Band& b, Total<T>* buffer) const {
+    const Axis &d = s_.axis[0], &h = s_.axis[1];
+    int64_t low = b.begin;  // the padded row that the buffer begins with
+    const auto advance = [&](int64_t rows) {
+      write_rows(b, low, low + rows, buffer);
+      std::copy(buffer + rows * row_, buffer + held_ * row_, buffer);
+      std::fill_n(buffer + (held_ - rows) * row_, rows * row_, Total<T>(0));
+      low += rows;
     };
+    bool empty = true;
+    for (int64_t od = 0; od < d.out; ++od)
+      for (int64_t oh = 0; oh < h.out; ++oh) {
+        const int64_t first = od * d.stride * height_ + oh * h.stride;
+        if (first + span_ <= b.begin) continue;
+        if (first >= b.end) break;
+        if (empty) {
+          low = std::min(low, first);
+          std::fill_n(buffer, held_ * row_, Total<T>(0));
+          empty = false;
+        }
+        while (first + span_ > low + held_) advance(std::min(first - low, held_));
+        add_row(b, od, oh, buffer + (first - low) * row_, first * row_);
+      }
+    if (empty) std::fill_n(buffer, held_ * row_, Total<T>(0));
+    while (low < b.end) {
+      write_rows(b, low, low + held_, buffer);
+      low += held_;
+      if (low < b.end) std::fill_n(buffer, held_ * row_, Total<T>(0));
+    }
+  }
+
+  // Padded rows [begin, end) of the buffer, as far as they are inputs of the band.
+  void write_rows(const Band& b, int64_t begin, int64_t end, const Total<T>* from) const {
+    const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
+    const RawView& view = p_.input;
+    const auto write = [](T* __restrict to, const Total<T>* __restrict sums, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) to[i] = result_of<T>(sums[i]);
+    };
+    for (int64_t r = begin; r < std::min(end, b.end); ++r, from += row_) {
+      const int64_t id = r / height_ - d.pad, ih = r % height_ - h.pad;
+      if (r < b.begin || !d.holds_input(id) || !h.holds_input(ih)) continue;
+      T* const to = static_cast<T*>(view.data) + place(view, b.n, b.plane, id, ih, 0);
+      const Total<T>* const sums = from + w.pad * step_;
+      if (channels_last_ && b.planes == step_ && view.stride[4] == step_)
+        write(to, sums, w.in * step_);
+      else if (channels_last_)
+        for (int64_t i = 0; i < w.in; ++i)
+          write(to + i * view.stride[4], sums + i * step_, b.planes);
+      else if (view.stride[4] == 1)
+        for (int64_t plane = 0; plane < b.planes; ++plane)
+          write(to + plane * view.stride[1], sums + plane * pitch_, w.in);
+      else
+        for (int64_t plane = 0; plane < b.planes; ++plane)
+          for (int64_t i = 0; i < w.in; ++i)
+            to[plane * view.stride[1] + i * view.stride[4]] =
+                result_of<T>(sums[plane * pitch_ + i]);
+    }
+  }
+
+  // The windows of one row of outputs; `to` is the place of the first tap of the first of them,
+  // `first` the same in the plane.
+  void add_row(const Band& b, int64_t od, int64_t oh, Total<T>* to, int64_t first) const {
+    const RawView &g = p_.output, &x = p_.index;
     using One = std::integral_constant<int64_t, 1>;
     using Four = std::integral_constant<int64_t, 4>;
-    if (b.planes == 4 && g.stride[4] == 1 && x.stride[4] == 1 && sums.step == 1)
-      add(Four{}, One{}, g.stride[1], One{}, x.stride[1], One{}, sums.pitch);
-    else if (g.stride[1] == 1 && x.stride[1] == 1 && sums.pitch == 1)
-      add(b.planes, g.stride[4], One{}, x.stride[4], One{}, sums.step, One{});
+    const T* const grad = static_cast<const T*>(g.data) + place(g, b.n, b.plane, od, oh, 0);
+    const Index* const index =
+        static_cast<const Index*>(x.data) + place(x, b.n, b.plane, od, oh, 0);
+    if (channels_last_)
+      for (int64_t ow = 0; ow < s_.axis[2].out; ++ow)
+        add(One{}, b.planes, grad + ow * g.stride[4], index + ow * x.stride[4],
+            to + ow * s_.axis[2].stride * step_, first + ow * s_.axis[2].stride * step_, 0, One{},
+            0, One{}, 0, One{});
+    else if (b.planes == 4 && g.stride[4] == 1 && x.stride[4] == 1)
+      add(s_.axis[2].out, Four{}, grad, index, to, first, One{}, g.stride[1], One{}, x.stride[1],
+          s_.axis[2].stride, pitch_);
     else
-      add(b.planes, g.stride[4], g.stride[1], x.stride[4], x.stride[1], sums.step, sums.pitch);
+      add(s_.axis[2].out, b.planes, grad, index, to, first, g.stride[4], g.stride[1], x.stride[4],
+          x.stride[1], s_.axis[2].stride, pitch_);
   }
+
+  // Windows along a row times planes; their steps are constants where they are known.
+  template <class Windows, class Count, class GStep, class GPitch, class XStep, class XPitch,
+            class Step, class Pitch>
+  void add(Windows windows, Count planes, const T* grad, const Index* index, Total<T>* to,
+           int64_t first, GStep g_step, GPitch g_pitch, XStep x_step, XPitch x_pitch, Step step,
+           Pitch pitch) const {
+    const int64_t* const entries = entries_.data();
+    const uint64_t size = entries_.size(), room = static_cast<uint64_t>(room_);
+    for (int64_t ow = 0; ow < windows; ++ow) {
+      for (int64_t plane = 0; plane < planes; ++plane) {
+        const uint64_t entry = static_cast<uint64_t>(index[plane * x_pitch]);
+        if (sizeof(Index) > 1 && entry >= size) continue;
+        const uint64_t behind = static_cast<uint64_t>(entries[entry] - (flat ? first : 0));
+        if (behind >= room) continue;
+        Total<T>& sum = to[static_cast<int64_t>(behind) + plane * pitch];
+        sum = sum_of<T>(sum, grad[plane * g_pitch]);
+      }
+      grad += g_step, index += x_step, to += step, first += step;
+    }
+  }
+
+  static constexpr int64_t nowhere = int64_t{1} << 60;
 
   const PoolProblem& p_;
   const PoolShape& s_;
-  std::vector<int64_t> distance_;  // flat, by the offset of a tap
-  bool in_place_, channels_last_;
-  int64_t side_, groups_, rows_, band_, bands_;
+  std::vector<int64_t> entries_;
+  bool channels_last_;
+  int64_t images_, planes_, side_, groups_;
+  int64_t width_, height_, rows_, step_, pitch_, row_;  // of the padded plane
+  int64_t span_, room_;          // rows, and places, that a row of windows and a window may add to
+  int64_t held_, band_, bands_;  // rows of a buffer and of a task
 };
 
 // ---- gather -------------------------------------------------------------------------------------
@@ -216,7 +266,8 @@ void gather(const PoolProblem& p) {
   auto* output = static_cast<T*>(p.output.data);
   const int64_t size = s.inputs();
   const int64_t* const in_stride = p.input.stride;
-  const bool linear = in_stride[3] == w.in * in_stride[4] && in_stride[2] == h.in * in_stride[3];
+  const bool linear =
+      in_stride[3] == w.in * in_stride[4] && (d.in == 1 || in_stride[2] == h.in * in_stride[3]);
   parallel_for(s.batch * s.channels * d.out * h.out, 1 + 8192 / (w.out + 1),
                FloatEnvironment::gradual, [&](int64_t begin, int64_t end) {
                  for (int64_t row = begin; row < end; ++row) {
@@ -253,18 +304,21 @@ void gather(const PoolProblem& p) {
 bool run_pool_by_index(const PoolProblem& p) {
   constexpr int64_t limit = int64_t{1} << 40;
   if (p.ties > Ties::last || p.shape.taps() < 1 || p.shape.taps() > limit) return false;
+  bool done = true;
   with_type(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     with_index_type(p.index_type, [&](auto index) {
       using Index = decltype(index);
-      if (p.direction == PoolDirection::scatter)
-        p.kind == IndexKind::flat ? Scatter<T, Index, true>(p).run()
-                                  : Scatter<T, Index, false>(p).run();
-      else
+      constexpr bool flat = std::is_same_v<Index, int64_t>;
+      if (p.direction == PoolDirection::gather)
         gather<T, Index>(p);
+      else if (Scatter<T, Index, flat>::fits(p.shape))
+        Scatter<T, Index, flat>(p).run();
+      else
+        done = false;
     });
   });
-  return true;
+  return done;
 }
 
 }  // namespace torch_naiveconv

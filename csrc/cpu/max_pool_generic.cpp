@@ -26,6 +26,9 @@ struct Masked {
     for (int i = 0; i < vector_bytes / int(sizeof(L)); ++i)
       if (mask[i]) to[i] = v[i];
   }
+  // As many bytes as there are lanes of 4 bytes.
+  typedef int32_t Wide __attribute__((vector_size(vector_bytes)));
+  static Wide widen(const uint8_t* from) { return Wide{from[0], from[1], from[2], from[3]}; }
 };
 }  // namespace
 }  // namespace TNC_ISA

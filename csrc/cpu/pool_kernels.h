@@ -42,13 +42,13 @@ bool forward(const PoolProblem& p) {
   return true;
 }
 
-// Every input asks every window that reaches it: for small windows only. Others are left to the
+// Every input asks every window that reaches it, where those are few. Others are left to the
 // lookup of max_pool_by_index.cpp, which does one output after another.
 template <class L, class T>
 bool scatter(const PoolProblem& p) {
-  const bool channels_last = p.input.stride[1] == 1 && p.shape.channels > 1;
-  constexpr int width = lanes<int32_t>;
-  if (p.shape.taps() > (channels_last ? 2 * width : width < 8 ? width : 12)) return false;
+  int64_t windows = 1;  // that reach an input
+  for (const Axis& a : p.shape.axis) windows *= (a.kernel + a.stride - 1) / a.stride;
+  if (windows > 9 || p.shape.taps() > 32) return false;
   const SumCodec<L> codec = SumCodec<L>::template of<T>(p.index_type);
   Scatter<L>(p, codec).run();
   return true;

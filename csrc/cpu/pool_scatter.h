@@ -1,4 +1,5 @@
-// The gradient of the vector rows, for small windows. Included after pool_forward.h.
+// The gradient of the vector rows, for small windows. Included after pool_forward.h. Start reading
+// at Scatter::run: rows (NCHW), pixels (channels innermost), or staged for the rest.
 //
 // As a gather: an input belongs to few windows, and gets the gradient of those whose index names
 // it. The inputs of one stride phase are lanes next to each other, and so are the windows that
@@ -66,6 +67,40 @@ void read_indices(const void* from, int64_t stride, int64_t count, I* __restrict
     for (int64_t i = 0; i < count; ++i) to[i] = lane(less(source[i * stride], base + i * step));
 }
 
+// Rows of gradients and indices as they are to rows of lanes, `pitch` apart.
+template <class L>
+struct Staged {
+  const void *grad, *index;
+  int64_t grad_pitch, index_pitch, rows, columns;
+  L* to_grad;
+  LaneIndex<L>* to_index;
+  int64_t pitch;
+};
+template <class T, class Index>
+void stage_rows(const Staged<Lane<T>>& s) {
+  using L = Lane<T>;
+  using I = LaneIndex<L>;
+  constexpr int V = lanes<L>;
+  for (int64_t r = 0; r < s.rows; ++r) {
+    const T* const grad = static_cast<const T*>(s.grad) + r * s.grad_pitch;
+    const Index* const index = static_cast<const Index*>(s.index) + r * s.index_pitch;
+    L* const to_grad = s.to_grad + r * s.pitch;
+    I* const to_index = s.to_index + r * s.pitch;
+    if constexpr (is_lane_type<T> && sizeof(I) == 4 && sizeof(Index) == 1) {
+      if (s.columns >= V) {  // the last vector overlaps the one before it
+        for (int64_t i = 0; i < s.columns; i += V) {
+          i = std::min(i, s.columns - V);
+          store(to_index + i, (VecIndex<L>)Masked::widen(index + i));
+          store(to_grad + i, load(grad + i));
+        }
+        continue;
+      }
+    }
+    read_terms<T>(grad, 1, s.columns, to_grad);
+    read_indices<Index>(index, 1, s.columns, to_index, 0, 0);
+  }
+}
+
 template <class L>
 struct SumCodec {
   int64_t size, index_size;
@@ -74,6 +109,7 @@ struct SumCodec {
   void (*write)(void*, int64_t, int64_t, const L*);
   void (*join[5])(void*, int64_t, const L*, int64_t);  // by the number of phases
   void (*read_index)(const void*, int64_t, int64_t, LaneIndex<L>*, int64_t, int64_t);
+  void (*stage)(const Staged<L>&);
 
   template <class T>
   static SumCodec of(IndexType type) {
@@ -83,11 +119,13 @@ struct SumCodec {
                    read_terms<T>,
                    write_sums<T>,
                    {nullptr, nullptr, write_joined<T, 2>, write_joined<T, 3>, write_joined<T, 4>},
+                   nullptr,
                    nullptr};
     const auto set = [&](auto tag) {
       using Index = decltype(tag);
       codec.index_size = sizeof(Index);
       codec.read_index = read_indices<Index, LaneIndex<L>>;
+      codec.stage = stage_rows<T, Index>;
     };
     switch (type) {
       case IndexType::uint8: set(uint8_t{}); break;
@@ -170,73 +208,120 @@ void add_terms(const Sums<L>& s, int64_t rows, int64_t count, const Term<LaneInd
   }
 }
 
-// A row of windows that reach a row of inputs; `own` as in Term, for the first tap of the width.
+// A row of windows that reach a row of inputs, and for each tap of its width the index that names
+// it, in all lanes.
 template <class L>
 struct GradRow {
+  const L* grad;
+  const LaneIndex<L>* index;
+  const VecIndex<L>* own;
+};
+
+// The same with channels innermost; `own` as in Term, for the first tap of the width.
+template <class L>
+struct PixelRow {
   const L* grad;
   const LaneIndex<L>* index;
   LaneIndex<L> own;
 };
 
-// One row of inputs, straight to memory: slots [slot, end) of the width. With flat indices `own` is
-// the position of the input itself, the same for every window.
-template <int stride, int kernel, bool flat, class L>
-inline void scatter_row(const GradRow<L>* rows, int64_t row_count, const Axis& width, int64_t slot,
-                        int64_t end, int64_t position, L* to) {
-  using I = LaneIndex<L>;
-  constexpr int V = lanes<L>, margin = (kernel - 1) / stride;
-  for (int64_t i = slot; i < end; i += V) {
-    if (i + V > end && end - slot >= V) i = end - V;  // overlaps the vector before it
-    const int64_t first = i * stride - width.pad;
-    Vec<L> sum[stride] = {};
-    VecIndex<L> masks[margin + 1];
-    const auto add_all = [&](auto whole) {
-      for (int64_t r = 0; r < row_count; ++r)
-#pragma GCC unroll 8
-        for (int m = margin; m >= 0; --m) {
-          Vec<L> grad;
-          VecIndex<L> index;
-          if constexpr (decltype(whole)::value) {
-            grad = load(rows[r].grad + i - m);
-            index = load(rows[r].index + i - m);
-          } else {
-            grad = Masked::load(rows[r].grad + i - m, masks[m], Vec<L>{});
-            index = Masked::load(rows[r].index + i - m, masks[m], broadcast(I(-1)));
-          }
+// What the windows next to each other do to `stride` inputs each: input i + phase is tap
+// phase + shift - m * stride of the m-th window from i / stride + pad / stride on, where shift is
+// pad % stride.
+template <int stride, int kernel, int shift>
+struct Reached {
+  static constexpr int first = -((kernel - 1 - shift) / stride);
+  static constexpr int last = (stride - 1 + shift) / stride;
+  static constexpr int count = last - first + 1;
+};
+
+// Element i of every phase side by side: what lies next to each other in a row.
+template <int stride, class L>
+inline void join(const Vec<L>* phase, Vec<L>* out) {
+  if constexpr (stride == 1) {
+    out[0] = phase[0];
+  } else if constexpr (stride == 2) {
+    out[0] = zip_low<L>(phase[0], phase[1]), out[1] = zip_high<L>(phase[0], phase[1]);
+  } else {
+    static_assert(stride == 4, "no other strides");
+    const Vec<L> even[2] = {zip_low<L>(phase[0], phase[2]), zip_high<L>(phase[0], phase[2])};
+    const Vec<L> odd[2] = {zip_low<L>(phase[1], phase[3]), zip_high<L>(phase[1], phase[3])};
+    for (int half = 0; half < 2; ++half) {
+      out[2 * half] = zip_low<L>(even[half], odd[half]);
+      out[2 * half + 1] = zip_high<L>(even[half], odd[half]);
+    }
+  }
+}
+
+// Windows that do not overlap, in one row: `height` rows of inputs, each chosen by one at most. The
+// sum of one gradient is that gradient added to +0.
+template <int stride, class L>
+void expand_row(const L* grad, const LaneIndex<L>* index, int64_t windows, const VecIndex<L>* own,
+                int64_t height, L* to, int64_t pitch) {
+  constexpr int V = lanes<L>;
+  for (int64_t o = 0; o < windows; o += V) {
+    o = std::min(o, windows - V);  // the last vector overlaps the one before it
+    const Vec<L> sum = canonical_sum<L>(load(grad + o) + Vec<L>{});
+    const VecIndex<L> chosen = load(index + o);
+    for (int64_t kh = 0; kh < height; ++kh) {
+      Vec<L> phase[stride], out[stride];
+      for (int k = 0; k < stride; ++k) phase[k] = chosen == own[kh * stride + k] ? sum : Vec<L>{};
+      join<stride, L>(phase, out);
+      for (int v = 0; v < stride; ++v) store(to + kh * pitch + o * stride + v * V, out[v]);
+    }
+  }
+}
+
+// One row of inputs, `size` of them. The rows of windows begin with the first that reaches any;
+// up to a vector behind them is read too.
+// `known` is the number of rows if not 0.
+template <int stride, int kernel, int shift, int known, class L>
+inline void scatter_row(const GradRow<L>* rows, int64_t any, int64_t size, L* to) {
+  using Windows = Reached<stride, kernel, shift>;
+  const int64_t row_count = known ? known : any;
+  constexpr int V = lanes<L>;
+  constexpr int held = known ? known : 1;
+  const L* row_grad[held];
+  const LaneIndex<L>* row_index[held];
+  VecIndex<L> own[held][kernel];
+#pragma GCC unroll 3
+  for (int r = 0; r < known; ++r) {
+    row_grad[r] = rows[r].grad, row_index[r] = rows[r].index;
 #pragma GCC unroll 4
-          for (int phase = 0; phase < stride; ++phase) {
-            const int tap = m * stride + phase;
-            if (tap >= kernel) continue;
-            VecIndex<L> own;
-            if constexpr (flat)
-              own = broadcast(static_cast<I>(position + first + phase)) + iota<I>() * I(stride);
-            else
-              own = broadcast(static_cast<I>(rows[r].own + tap));
-            add_where<L>(sum[phase], index == own, grad);
-          }
+    for (int k = 0; k < kernel; ++k) own[r][k] = rows[r].own[k];
+  }
+  const int64_t whole = size - stride * V;
+  // The last vectors overlap those before them rather than being parts.
+  const bool overlap = whole >= 0 && size % stride == 0;
+  for (int64_t i = 0; i < size; i += stride * V) {
+    if (overlap) i = std::min(i, whole);
+    const int64_t window = static_cast<int64_t>(static_cast<uint64_t>(i) / stride);
+    Vec<L> sum[stride] = {};
+#pragma GCC unroll 3
+    for (int64_t r = 0; r < row_count; ++r) {
+      const L* const grads = (known ? row_grad[r] : rows[r].grad) + window;
+      const LaneIndex<L>* const indices = (known ? row_index[r] : rows[r].index) + window;
+#pragma GCC unroll 8
+      for (int n = 0; n < Windows::count; ++n) {
+        const Vec<L> grad = load(grads + n);
+        const VecIndex<L> index = load(indices + n);
+#pragma GCC unroll 4
+        for (int phase = 0; phase < stride; ++phase) {
+          const int tap = phase + shift - (Windows::first + n) * stride;
+          if (tap < 0 || tap >= kernel) continue;
+          add_where<L>(sum[phase], index == (known ? own[r][tap] : rows[r].own[tap]), grad);
         }
-    };
-    if (i >= margin && i + V <= width.out) {
-      add_all(std::true_type{});
-    } else {
-      for (int m = 0; m <= margin; ++m) masks[m] = inside<L>(i - m, width.out);
-      add_all(std::false_type{});
+      }
     }
     for (auto& phase : sum) phase = canonical_sum<L>(phase);
-    if constexpr (stride == 1) {
-      store_clipped(to, first, width.in, sum[0]);
-    } else if constexpr (stride == 2) {
-      store_clipped(to, first, width.in, zip_low<L>(sum[0], sum[1]));
-      store_clipped(to, first + V, width.in, zip_high<L>(sum[0], sum[1]));
+    Vec<L> out[stride];
+    join<stride, L>(sum, out);
+    if (i <= whole) {
+      for (int v = 0; v < stride; ++v) store(to + i + v * V, out[v]);
     } else {
-      static_assert(stride == 4, "no other strides");
-      const Vec<L> even[2] = {zip_low<L>(sum[0], sum[2]), zip_high<L>(sum[0], sum[2])};
-      const Vec<L> odd[2] = {zip_low<L>(sum[1], sum[3]), zip_high<L>(sum[1], sum[3])};
-      for (int half = 0; half < 2; ++half) {
-        const int64_t place = first + 2 * half * V;
-        store_clipped(to, place, width.in, zip_low<L>(even[half], odd[half]));
-        store_clipped(to, place + V, width.in, zip_high<L>(even[half], odd[half]));
-      }
+      L part[stride * V];
+      for (int v = 0; v < stride; ++v) store(part + v * V, out[v]);
+      for (int64_t j = 0; j < size - i; ++j) to[i + j] = part[j];
     }
   }
 }
@@ -288,23 +373,17 @@ class Scatter {
     weight_[1] = flat ? h.dilation * w.in : w.kernel;
     weight_[0] = flat ? d.dilation * h.in * w.in : w.kernel * h.kernel;
 
-    if (codec_.is_lane && channels_last_) direct_ = true;
-    if (codec_.is_lane && !channels_last_ && p_.input.stride[4] == 1 && p_.output.stride[4] == 1 &&
-        w.dilation == 1) {
-      rows_direct_ =
-          flat ? direct_rows<true>(w.stride, w.kernel) : direct_rows<false>(w.stride, w.kernel);
-      direct_ = rows_direct_ != nullptr;
-    }
+    if (channels_last_)
+      direct_ = codec_.is_lane;
+    else if (w.dilation == 1)
+      choose_rows();
 
     group_ = !channels_last_ ? 1 : s_.channels <= 256 ? s_.channels : 128;
     blocks_ = up(s_.channels, group_);
-    margin_ = (w.kernel - 1) * w.dilation / w.stride;
+    if (!rows_way_) margin_ = (w.kernel - 1) * w.dilation / w.stride, lead_ = -margin_;
     // The tile: slots of the width (a slot is `stride` inputs), rows of one plane.
-    const int64_t all = up(w.in + w.pad, w.stride);
-    const int64_t budget = (direct_ && channels_last_ ? 65536
-                            : direct_                 ? 16384
-                                                      : 8192) /
-                           int64_t(sizeof(L));
+    const int64_t all = up(rows_way_ ? w.in : w.in + w.pad, w.stride);
+    const int64_t budget = (direct_ ? 65536 : rows_way_ ? 16384 : 8192) / int64_t(sizeof(L));
     slots_ = std::clamp<int64_t>(std::max(budget / group_, 2 * margin_), 1, all);
     slots_ = up(all, up(all, slots_));
     strips_ = up(all, slots_);
@@ -319,24 +398,34 @@ class Scatter {
 
   void run() const {
     const int64_t outputs = rows_ * slots_ * group_;
-    parallel_for(s_.batch * blocks_ * s_.axis[0].in * bands_ * strips_, 1 + 16384 / (outputs + 1),
-                 FloatEnvironment::gradual, [&](int64_t begin, int64_t end) {
-                   const int64_t size = staged_rows_ * pitch_ + 2 * lanes<L>;
-                   const int64_t sums = direct_ ? 0 : s_.axis[2].stride * phase_size_;
-                   Scratch scratch((size + sums) * int64_t(sizeof(L) + sizeof(I)) +
-                                   (s_.taps() + 1) * int64_t(sizeof(Term<I>) + sizeof(GradRow<L>)) +
-                                   1024);
-                   Buffers b;
-                   b.index = scratch.take<I>(size);
-                   b.terms = scratch.take<Term<I>>(s_.taps() + 1);
-                   b.rows = scratch.take<GradRow<L>>(s_.taps() + 1);
-                   if (!direct_) {
-                     b.grad = scratch.take<L>(size);
-                     b.sums = scratch.take<L>(sums);
-                   }
-                   for (int64_t task = begin; task < end; ++task)
-                     direct_ ? scatter_direct(tile_of(task), b) : scatter(tile_of(task), b);
-                 });
+    parallel_for(
+        s_.batch * blocks_ * s_.axis[0].in * bands_ * strips_, 1 + 16384 / (outputs + 1),
+        FloatEnvironment::gradual, [&](int64_t begin, int64_t end) {
+          const int64_t size = staged_rows_ * pitch_ + 2 * lanes<L>;
+          const int64_t sums = direct_ ? 0 : s_.axis[2].stride * phase_size_;
+          Scratch scratch((2 * size + sums) * int64_t(sizeof(L) + sizeof(I)) +
+                          (s_.taps() + 1) * int64_t(sizeof(Term<I>) + sizeof(GradRow<L>) +
+                                                    sizeof(PixelRow<L>) + sizeof(VecIndex<L>)) +
+                          2048);
+          Buffers b;
+          b.index = scratch.take<I>(size);
+          b.terms = scratch.take<Term<I>>(s_.taps() + 1);
+          b.rows = scratch.take<GradRow<L>>(s_.taps() + 1);
+          b.pixels = scratch.take<PixelRow<L>>(s_.taps() + 1);
+          b.own = scratch.take<VecIndex<L>>(s_.taps() + 1);
+          list_own(b.own);
+          if (!direct_) {
+            b.grad = scratch.take<L>(size);
+            b.sums = scratch.take<L>(sums);
+          }
+          if (rows_way_) {
+            Buffers next = b;
+            next.grad = scratch.take<L>(size), next.index = scratch.take<I>(size);
+            return scatter_rows(begin, end, b, next);
+          }
+          for (int64_t task = begin; task < end; ++task)
+            direct_ ? scatter_pixels(tile_of(task), b) : scatter(tile_of(task), b);
+        });
   }
 
  private:
@@ -352,17 +441,33 @@ class Scatter {
     I* index = nullptr;
     Term<I>* terms = nullptr;
     GradRow<L>* rows = nullptr;
+    PixelRow<L>* pixels = nullptr;
+    VecIndex<L>* own = nullptr;  // by the offset of a tap
   };
-  using Rows = void (Scatter::*)(const Tile&, int64_t, int64_t, const Buffers&) const;
+  using RowKernel = void (*)(const GradRow<L>*, int64_t, int64_t, L*);
 
-  template <bool flat>
-  static Rows direct_rows(int64_t stride, int64_t kernel) {
-    if (stride == 1 && kernel == 2) return &Scatter::scatter_rows<1, 2, flat>;
-    if (stride == 1 && kernel == 3) return &Scatter::scatter_rows<1, 3, flat>;
-    if (stride == 2 && kernel == 2) return &Scatter::scatter_rows<2, 2, flat>;
-    if (stride == 2 && kernel == 3) return &Scatter::scatter_rows<2, 3, flat>;
-    if (stride == 4 && kernel == 4) return &Scatter::scatter_rows<4, 4, flat>;
-    return nullptr;
+  void choose_rows() {
+    const Axis& w = s_.axis[2];
+    const bool odd = w.pad % 2 == 1;
+    if (w.stride == 1 && w.kernel == 2) use_rows<1, 2, 0>();
+    if (w.stride == 1 && w.kernel == 3) use_rows<1, 3, 0>();
+    if (w.stride == 2 && w.kernel == 2) odd ? use_rows<2, 2, 1>() : use_rows<2, 2, 0>();
+    if (w.stride == 2 && w.kernel == 3) odd ? use_rows<2, 3, 1>() : use_rows<2, 3, 0>();
+    if (w.stride == 4 && w.kernel == 4 && w.pad % 4 == 0) use_rows<4, 4, 0>();
+  }
+  template <int stride, int kernel, int shift>
+  void use_rows() {
+    using Windows = Reached<stride, kernel, shift>;
+    rows_kernel_[0] = scatter_row<stride, kernel, shift, 0, L>;
+    rows_kernel_[1] = scatter_row<stride, kernel, shift, 1, L>;
+    rows_kernel_[2] = scatter_row<stride, kernel, shift, 2, L>;
+    rows_kernel_[3] = scatter_row<stride, kernel, shift, 3, L>;
+    rows_way_ = true;
+    disjoint_ = stride == kernel && stride > 1;
+    for (const Axis& a : s_.axis)
+      disjoint_ = disjoint_ && a.pad == 0 && a.stride == a.kernel && a.dilation == 1;
+    margin_ = Windows::count - 1;
+    lead_ = s_.axis[2].pad / stride + Windows::first;
   }
 
   static int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -381,7 +486,8 @@ class Scatter {
     t.n = task / blocks_;
     t.lanes = std::min(group_, s_.channels - t.channel);
     t.end = std::min(t.row + rows_, h.in);
-    t.slots = std::min(slots_, up(s_.axis[2].in + s_.axis[2].pad, s_.axis[2].stride) - t.slot);
+    const Axis& w = s_.axis[2];
+    t.slots = std::min(slots_, up(rows_way_ ? w.in : w.in + w.pad, w.stride) - t.slot);
     t.od = d.first_output(t.id), t.od_end = d.last_output(t.id) + 1;
     t.oh = h.first_output(t.row), t.oh_end = h.last_output(t.end - 1) + 1;
     return t;
@@ -405,27 +511,84 @@ class Scatter {
       visit(phase_taps_[k].o, phase_taps_[k].k);
   }
 
-  // ---- direct: indices as lanes, gradients and sums where they are in memory
+  void list_own(VecIndex<L>* own) const {
+    for (int64_t kd = 0; kd < s_.axis[0].kernel; ++kd)
+      for (int64_t kh = 0; kh < s_.axis[1].kernel; ++kh)
+        for (int64_t kw = 0; kw < s_.axis[2].kernel; ++kw)
+          own[s_.offset_of(kd, kh, kw)] =
+              broadcast(static_cast<I>(kd * weight_[0] + kh * weight_[1] + kw * weight_[2]));
+  }
 
-  void scatter_direct(const Tile& t, const Buffers& b) const {
+  // ---- rows: gradients and indices as lanes, sums of a row at once
+
+  // A tile is staged while the one before it is added up: a load across two stores has to wait
+  // until both are in the cache, and they queue behind the results.
+  void scatter_rows(int64_t begin, int64_t end, Buffers b, Buffers next) const {
+    Tile t = tile_of(begin);
+    stage(t, b);
+    for (int64_t task = begin; task < end; ++task) {
+      const Tile following = tile_of(std::min(task + 1, end - 1));
+      if (task + 1 < end) stage(following, next);
+      scatter_rows(t, b);
+      t = following;
+      std::swap(b, next);
+    }
+  }
+
+  void scatter_rows(const Tile& t, const Buffers& b) const {
     const Axis& w = s_.axis[2];
-    const int64_t pixel = channels_last_ ? t.lanes : 1;
+    const int64_t pitch = t.slots + margin_, height = t.oh_end - t.oh;
+    const int64_t first = t.slot * w.stride, size = std::min(t.slots * w.stride, w.in - first);
+    const int64_t stride = p_.input.stride[4];
+    const bool in_place = codec_.is_lane && stride == 1;
+    const L* const grad = is_one_run(t) ? static_cast<const L*>(p_.output.data) +
+                                              offset(p_.output, t.n, t.channel, t.od, t.oh, 0)
+                                        : b.grad;
+    char* to = static_cast<char*>(p_.input.data) +
+               offset(p_.input, t.n, t.channel, t.id, t.row, first) * codec_.size;
+    for (int64_t ih = t.row; ih < t.end; ++ih, to += p_.input.stride[3] * codec_.size) {
+      if (const int64_t rows = expand(t, ih, grad, b, to)) {
+        ih += rows - 1, to += (rows - 1) * p_.input.stride[3] * codec_.size;
+        continue;
+      }
+      int64_t count = 0;
+      for_each_row(t, ih, [&](int64_t od, int64_t kd, int64_t oh, int64_t kh) {
+        const int64_t row = ((od - t.od) * height + oh - t.oh) * pitch;
+        b.rows[count++] = {grad + row, b.index + row, b.own + s_.offset_of(kd, kh, 0)};
+      });
+      const RowKernel kernel = rows_kernel_[count <= 3 ? count : 0];
+      if (in_place) {
+        kernel(b.rows, count, size, reinterpret_cast<L*>(to));
+      } else {
+        kernel(b.rows, count, size, b.sums);
+        codec_.write(to, stride, size, b.sums);
+      }
+    }
+  }
+
+  // The rows of inputs from `ih` on that belong to one row of windows and to no other, or 0.
+  int64_t expand(const Tile& t, int64_t ih, const L* grad, const Buffers& b, char* to) const {
+    const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
+    if (!disjoint_ || grad == b.grad || t.od_end - t.od != 1 || ih % h.stride != 0) return 0;
+    const int64_t oh = ih / h.stride, row = (oh - t.oh) * w.out;
+    if (oh >= h.out || ih + h.stride > t.end) return 0;
+    const VecIndex<L>* const own = b.own + s_.offset_of(t.id - t.od * d.stride, 0, 0);
+    (w.stride == 2 ? expand_row<2, L> : expand_row<4, L>)(grad + row, b.index + row, w.out, own,
+                                                          h.stride, reinterpret_cast<L*>(to),
+                                                          p_.input.stride[3]);
+    return h.stride;
+  }
+
+  // ---- direct: channels innermost, indices as lanes, gradients and sums where they are in memory
+
+  void scatter_pixels(const Tile& t, const Buffers& b) const {
+    const Axis& w = s_.axis[2];
     const int64_t start = std::clamp<int64_t>(t.slot - margin_, 0, w.out);
     const int64_t columns = std::min(t.slot + t.slots, w.out) - start;
-    const int64_t height = t.oh_end - t.oh, pitch = columns * pixel;
+    const int64_t height = t.oh_end - t.oh, pitch = columns * t.lanes;
     if (columns > 0)
       for (int64_t od = t.od; od < t.od_end; ++od)
         stage_index(t, od, start, columns, b.index + (od - t.od) * height * pitch);
-    channels_last_ ? scatter_pixels(t, start, columns, b)
-                   : (this->*rows_direct_)(t, start, columns, b);
-  }
-
-  // body(ih, the number of rows in b.rows that reach it, the memory of input row ih)
-  template <class Body>
-  void for_each_input_row(const Tile& t, int64_t start, int64_t columns, const Buffers& b,
-                          const Body& body) const {
-    const int64_t pixel = channels_last_ ? t.lanes : 1, pitch = columns * pixel;
-    const int64_t height = t.oh_end - t.oh;
     const int64_t* const grad_stride = p_.output.stride;
     const L* const grad =
         static_cast<const L*>(p_.output.data) + offset(p_.output, t.n, t.channel, 0, 0, 0);
@@ -434,47 +597,31 @@ class Scatter {
       int64_t count = 0;
       if (columns > 0)
         for_each_row(t, ih, [&](int64_t od, int64_t kd, int64_t oh, int64_t kh) {
-          b.rows[count++] = {grad + od * grad_stride[2] + oh * grad_stride[3],
-                             b.index + ((od - t.od) * height + oh - t.oh) * pitch - start * pixel,
-                             static_cast<I>(kd * weight_[0] + kh * weight_[1])};
+          b.pixels[count++] = {
+              grad + od * grad_stride[2] + oh * grad_stride[3],
+              b.index + ((od - t.od) * height + oh - t.oh) * pitch - start * t.lanes,
+              static_cast<I>(kd * weight_[0] + kh * weight_[1])};
         });
-      body(ih, count, to);
-    }
-  }
-
-  template <int stride, int kernel, bool flat>
-  void scatter_rows(const Tile& t, int64_t start, int64_t columns, const Buffers& b) const {
-    const Axis width = s_.axis[2];
-    for_each_input_row(t, start, columns, b, [&](int64_t ih, int64_t count, L* to) {
-      scatter_row<stride, kernel, flat, L>(b.rows, count, width, t.slot, t.slot + t.slots,
-                                           s_.flat_of(t.id, ih, 0), to);
-    });
-  }
-  void scatter_pixels(const Tile& t, int64_t start, int64_t columns, const Buffers& b) const {
-    for_each_input_row(t, start, columns, b, [&](int64_t ih, int64_t count, L* to) {
       scatter_columns(t, count, s_.flat_of(t.id, ih, 0), to, b);
-    });
+    }
   }
 
   void stage_index(const Tile& t, int64_t od, int64_t start, int64_t columns, I* to) const {
     const RawView& view = p_.index;
-    const int64_t pixel = channels_last_ ? t.lanes : 1, height = t.oh_end - t.oh;
+    const int64_t height = t.oh_end - t.oh;
     const char* const from = static_cast<const char*>(view.data) +
                              offset(view, t.n, t.channel, od, t.oh, start) * codec_.index_size;
-    const auto at = [&](int64_t r, int64_t j) {
-      return from + (r * view.stride[3] + j * view.stride[4]) * codec_.index_size;
+    const auto read = [&](int64_t r, int64_t j, int64_t count) {
+      codec_.read_index(from + (r * view.stride[3] + j * view.stride[4]) * codec_.index_size, 1,
+                        count, to + (r * columns + j) * t.lanes, 0, 0);
     };
-    if (view.stride[4] == pixel && view.stride[3] == columns * pixel)
-      return codec_.read_index(from, 1, height * columns * pixel, to, 0, 0);
-    for (int64_t r = 0; r < height; ++r, to += columns * pixel) {
-      if (!channels_last_)
-        codec_.read_index(at(r, 0), view.stride[4], columns, to, 0, 0);
-      else if (view.stride[4] == pixel)
-        codec_.read_index(at(r, 0), 1, columns * pixel, to, 0, 0);
+    if (view.stride[4] == t.lanes && view.stride[3] == columns * t.lanes)
+      return read(0, 0, height * columns * t.lanes);
+    for (int64_t r = 0; r < height; ++r)
+      if (view.stride[4] == t.lanes)
+        read(r, 0, columns * t.lanes);
       else
-        for (int64_t j = 0; j < columns; ++j)
-          codec_.read_index(at(r, j), 1, pixel, to + j * pixel, 0, 0);
-    }
+        for (int64_t j = 0; j < columns; ++j) read(r, j, t.lanes);
   }
 
   // Channels innermost: inputs of one phase that the same taps reach, whole pixels at a time.
@@ -497,13 +644,13 @@ class Scatter {
             const int64_t ow = slot - shift;
             if (ow < 0 || ow >= w.out) return;
             b.terms[count++] = {
-                b.rows[r].grad - b.rows[0].grad + ow * p_.output.stride[4],
-                b.rows[r].index - b.rows[0].index + ow * t.lanes,
-                static_cast<I>(flat ? position + input_at(slot) : b.rows[r].own + kw)};
+                b.pixels[r].grad - b.pixels[0].grad + ow * p_.output.stride[4],
+                b.pixels[r].index - b.pixels[0].index + ow * t.lanes,
+                static_cast<I>(flat ? position + input_at(slot) : b.pixels[r].own + kw)};
           });
         const Sums<L> sums{to + input_at(slot) * p_.input.stride[4],
-                           b.rows[0].grad,
-                           b.rows[0].index,
+                           b.pixels[0].grad,
+                           b.pixels[0].index,
                            w.stride * p_.input.stride[4],
                            p_.output.stride[4],
                            t.lanes,
@@ -516,15 +663,36 @@ class Scatter {
 
   // ---- staged
 
-  // Rows of gradients and indices, from window slot - margin on, index -1 where there is none.
+  // Rows of gradients and indices, from window slot + lead on, index -1 where there is none.
   void stage(const Tile& t, const Buffers& b) const {
     const Axis& w = s_.axis[2];
-    const int64_t start = t.slot - margin_, width = t.slots + margin_;
+    const int64_t start = t.slot + lead_, width = t.slots + margin_;
     const int64_t first = std::clamp<int64_t>(-start, 0, width);
     const int64_t end = std::clamp<int64_t>(w.out - start, first, width);
     const int64_t pixel = channels_last_ ? t.lanes : 1;
     L* grad = b.grad;
     I* index = b.index;
+    if (!channels_last_ && p_.kind == IndexKind::offset && p_.output.stride[4] == 1 &&
+        p_.index.stride[4] == 1) {
+      const int64_t height = t.oh_end - t.oh, ow = std::min(start + first, w.out - 1);
+      if (is_one_run(t)) {
+        codec_.read_index(static_cast<const char*>(p_.index.data) +
+                              offset(p_.index, t.n, t.channel, t.od, t.oh, 0) * codec_.index_size,
+                          1, (t.od_end - t.od) * height * width, index, 0, 0);
+        return;
+      }
+      if (first > 0 || end < width) std::fill_n(index, (t.od_end - t.od) * height * width, I(-1));
+      for (int64_t od = t.od; od < t.od_end && first < end; ++od) {
+        const int64_t place = (od - t.od) * height * width + first;
+        codec_.stage({static_cast<const char*>(p_.output.data) +
+                          offset(p_.output, t.n, t.channel, od, t.oh, ow) * codec_.size,
+                      static_cast<const char*>(p_.index.data) +
+                          offset(p_.index, t.n, t.channel, od, t.oh, ow) * codec_.index_size,
+                      p_.output.stride[3], p_.index.stride[3], height, end - first, grad + place,
+                      index + place, width});
+      }
+      return;
+    }
     for (int64_t od = t.od; od < t.od_end; ++od)
       for (int64_t oh = t.oh; oh < t.oh_end; ++oh, grad += width * pixel, index += width * pixel) {
         std::fill_n(index, first * pixel, I(-1));
@@ -556,6 +724,19 @@ class Scatter {
           }
         }
       }
+  }
+
+  // Gradients that can be used where they are: rows without a margin, one behind another, of which
+  // only vectors are read that lie in them.
+  bool is_one_run(const Tile& t) const {
+    const Axis &h = s_.axis[1], &w = s_.axis[2];
+    return rows_way_ && margin_ == 0 && lead_ == 0 && codec_.is_lane && strips_ == 1 &&
+           p_.kind == IndexKind::offset && w.in == w.out * w.stride && w.out >= lanes<L> &&
+           p_.output.stride[4] == 1 && p_.index.stride[4] == 1 && p_.output.stride[3] == w.out &&
+           p_.index.stride[3] == w.out &&
+           (t.od_end - t.od == 1 ||
+            (t.oh_end - t.oh == h.out && bands_ == 1 && p_.output.stride[2] == h.out * w.out &&
+             p_.index.stride[2] == h.out * w.out));
   }
 
   void scatter(const Tile& t, const Buffers& b) const {
@@ -625,8 +806,10 @@ class Scatter {
   std::vector<Reach> phase_taps_;  // o: windows back
   std::vector<size_t> phase_start_;
   bool channels_last_ = false, direct_ = false;
-  Rows rows_direct_ = nullptr;
+  RowKernel rows_kernel_[4] = {};  // by the number of rows; 0: any
+  bool rows_way_ = false, disjoint_ = false;
   int64_t weight_[3] = {0, 0, 0};
-  int64_t group_ = 1, blocks_ = 1, margin_ = 0, slots_ = 1, strips_ = 1, rows_ = 1, bands_ = 1;
+  int64_t group_ = 1, blocks_ = 1, margin_ = 0, lead_ = 0, slots_ = 1, strips_ = 1, rows_ = 1,
+          bands_ = 1;
   int64_t staged_rows_ = 0, pitch_ = 0, phase_size_ = 0;
 };
