@@ -157,3 +157,17 @@ def test_weights_that_are_not_finite(row, bad):
     got = F.conv_grad_input(*sizes, padding=1, impl=row)
     assert expected.isfinite().any() and not expected.isfinite().all()
     assert_same_bits(got, expected, row)
+
+
+@pytest.mark.parametrize("row", FAST)
+def test_bias_of_minus_zero(row):
+    """A flushed total of -0 stays -0 where a tap meets no output, and a bias of -0 shows it."""
+    g, w = torch.full((1, 31, 1), -0.0), torch.ones(31, 20, 3)
+    g[0, 0], w[0, :, 0] = 2.0**-63, 2.0**-63  # the total is 2^-126,
+    g[0, 11], w[11, :, 0] = -1.5 * 2.0**-63, 2.0**-63  # then -2^-127, flushed to -0,
+    for channel in (22, 23):  # then -0 + (-0 + -0)
+        g[0, channel], w[channel, :, 0] = -(2.0**-100), 2.0**-100
+    arguments = [t.bfloat16() for t in (g, w, torch.full((20,), -0.0))]
+    expected = F.conv_transpose1d(*arguments, impl="naive")
+    assert expected[0, 0, 0] == 0 and torch.signbit(expected[0, :, 0]).all()
+    assert_same_bits(F.conv_transpose1d(*arguments, impl=row), expected, row)
