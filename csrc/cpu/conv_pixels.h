@@ -399,16 +399,19 @@ void store_bias(const Images<S>& call, const GridAxis (&grid)[3]) {
   const int64_t channels = call.groups * call.lanes, width = grid[2].count;
   const int64_t planes = grid[0].count * grid[1].count;
   Arena& plan = plan_arena();
-  plan.reset(Arena::bytes_for<S>(channels) + Arena::bytes_for<T>(2 * up(channels, L) * L));
+  plan.reset(Arena::bytes_for<S>(channels) + 2 * Arena::bytes_for<T>(up(channels, L) * L));
   S* const value = plan.take<S>(channels);
   T* const bias = plan.take<T>(up(channels, L) * L);
   T* const total = plan.take<T>(up(channels, L) * L);
-  zero_run(total, channels);
-  zero_run(bias, channels);
-  for (int64_t c = 0; c < channels && call.bias; ++c) bias[c] = widened(call.bias[c]);
-  const int64_t start = 0;
-  store_rows(total, 1, static_cast<int>(up(channels, L)), static_cast<int>(channels), bias, value,
-             &start, 1);
+  {
+    FloatEnvironment environment(Kind<S>::mode);
+    zero_run(total, channels);
+    zero_run(bias, channels);
+    for (int64_t c = 0; c < channels && call.bias; ++c) bias[c] = widened(call.bias[c]);
+    const int64_t start = 0;
+    store_rows(total, 1, static_cast<int>(up(channels, L)), static_cast<int>(channels), bias, value,
+               &start, 1);
+  }
   parallel_for(call.batch * planes, up(16384, width * channels), Kind<S>::mode,
                [&](int64_t begin, int64_t end) {
                  const int64_t to_channel = call.target_stride[1];
