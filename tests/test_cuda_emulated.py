@@ -21,6 +21,7 @@ DRIVERS = {"conv": "csrc/cpu/conv_naive.cpp", "pool": "csrc/cpu/max_pool_naive.c
 FORWARD, GRAD_INPUT, GRAD_WEIGHT, GRAD_BIAS = range(4)
 DEPTHWISE = 4  # the kernels 0 to 3 are the tiles, large to thin
 UNIT = (1, 1, 1, 0, 0, 1)
+BFLOAT16 = 3
 
 pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason="no C++ compiler")
 
@@ -114,6 +115,17 @@ def test_tiled(drivers, direction):
 def test_depthwise_and_bias(drivers, direction):
     r = random.Random(direction)
     run(drivers / "conv", [depthwise_case(r, direction) for _ in range(300)])
+
+
+def test_bias_of_minus_zero(drivers):
+    """A flushed total of -0 stays -0 where a tap meets no output, and a bias of -0 shows it."""
+    sizes = (*UNIT, *UNIT, 3, 3, 1, 0, 0, 1)
+    cases = [
+        (GRAD_INPUT, BFLOAT16, tile, 0, 0, 0, 4, last, 2, 20, 31, 1, *sizes)
+        for tile in range(4)
+        for last in (0, 1)
+    ]
+    run(drivers / "conv", cases)
 
 
 @pytest.mark.parametrize("direction", [0, 1], ids=["forward", "scatter"])

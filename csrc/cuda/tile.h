@@ -172,6 +172,12 @@ TNC_HD int64_t flat_result(const Lowering& l, int group, int row, int lane) {
   return (static_cast<int64_t>(group) * l.rows + row) * l.phase[0].lane_count + lane;
 }
 
+template <class T>
+TNC_HD T bias_of(const Lowering& l, int group, int row) {
+  const T* const biases = static_cast<const T*>(l.bias);
+  return biases != nullptr ? biases[static_cast<int64_t>(group) * l.rows + row] : zero<T>();
+}
+
 // Adds the bias or +0, rounds, stores: `count` results side by side in C.
 template <class T, int count>
 TNC_HD void store_results(const TileLaunch& launch, int group, int row, int64_t c_offset,
@@ -183,20 +189,26 @@ TNC_HD void store_results(const TileLaunch& launch, int group, int row, int64_t 
       static_cast<Total<T>*>(l.c)[at + i] = OrderedSum<T>(totals[i]).total();
     return;
   }
-  const T* biases = static_cast<const T*>(l.bias);
-  const T bias = biases != nullptr ? biases[static_cast<int64_t>(group) * l.rows + row] : zero<T>();
+  const T bias = bias_of<T>(l, group, row);
   Run<T, count> run;
   TNC_UNROLL
   for (int i = 0; i < count; ++i) run.x[i] = OrderedSum<T>(totals[i]).result(bias);
   *reinterpret_cast<Run<T, count>*>(static_cast<T*>(l.c) + at) = run;
 }
 
-// Where the input gradient has no term the kernel adds 0 * weight, which is seen only if the weight
-// is infinite or NaN; the result is then a NaN. So a NaN is computed again, by the specification.
-// Rare, so kept out of the kernels' registers.
+// Where the input gradient has no term the kernels add 0 * weight. Can it be seen? As a NaN, if the
+// weight is not finite; and, since flushed arithmetic makes totals of -0, as the sign of a zero, if
+// the bias is -0 too.
 template <class T>
-TNC_COLD void settle_nan(const TileLaunch& launch, const Phase& phase, int group, int row,
-                         int lane) {
+TNC_HD bool padding_may_show(Total<T> total, T bias) {
+  if constexpr (is_half_type<T>)
+    if (total == 0 && bits_as<uint32_t>(operand(bias)) == 0x80000000u) return true;
+  return !(total == total);
+}
+
+// There the specification computes the result again. Rare, so kept out of the kernels' registers.
+template <class T>
+TNC_COLD void settle(const TileLaunch& launch, const Phase& phase, int group, int row, int lane) {
   const ConvProblem& p = launch.problem;
   int n, x[3];
   int64_t i[3];
@@ -385,10 +397,11 @@ struct TileKernel {
     }
   }
 
-  // Stores this thread's results, `run` neighbours at a time. Returns whether any is a NaN.
+  // Stores this thread's results, `run` neighbours at a time. Returns whether padding may show in
+  // any.
   template <int run>
   TNC_HD bool store(const Thread& me, int thread) const {
-    bool any_nan = false;
+    bool doubtful = false;
     TNC_UNROLL
     for (int j = 0; j < Config::lanes_each; j += run) {
       const int lane = piece.lane + Config::lane_of(thread, j);
@@ -401,22 +414,23 @@ struct TileKernel {
         store_results<T, run>(launch, piece.group, row, c_offset, &me.total[i][j]);
         TNC_UNROLL
         for (int r = 0; r < run; ++r)
-          any_nan = any_nan || !(me.total[i][j + r] == me.total[i][j + r]);
+          doubtful =
+              doubtful || padding_may_show<T>(me.total[i][j + r], bias_of<T>(l, piece.group, row));
       }
     }
-    return any_nan;
+    return doubtful;
   }
 
   TNC_HD void finish(const Thread& me, int thread) const {
-    const bool any_nan =
+    const bool doubtful =
         launch.whole_runs ? store<Config::lane_run>(me, thread) : store<1>(me, thread);
-    if (launch.problem.direction != Direction::grad_input || !any_nan) return;
+    if (launch.problem.direction != Direction::grad_input || !doubtful) return;
     for (int j = 0; j < Config::lanes_each; ++j)
       for (int i = 0; i < Config::rows_each; ++i) {
         const int lane = piece.lane + Config::lane_of(thread, j);
         const int row = piece.row + Config::row_of(thread, i);
         if (lane < phase.lane_count && row < l.rows)
-          settle_nan<T>(launch, phase, piece.group, row, lane);
+          settle<T>(launch, phase, piece.group, row, lane);
       }
   }
 };
@@ -508,8 +522,9 @@ struct Fold {
     const int row = static_cast<int>(channel % l.rows), group = static_cast<int>(channel / l.rows);
     const int64_t c_offset = phase.lanes.at(static_cast<uint32_t>(lane), l.b_stride).other;
     store_results<T, 1>(launch, group, row, c_offset, &total);
-    if (launch.problem.direction == Direction::grad_input && !(total == total))
-      settle_nan<T>(launch, phase, group, row, lane);
+    if (launch.problem.direction == Direction::grad_input &&
+        padding_may_show<T>(total, bias_of<T>(l, group, row)))
+      settle<T>(launch, phase, group, row, lane);
   }
 };
 
