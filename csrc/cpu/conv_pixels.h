@@ -434,71 +434,69 @@ void store_bias(const Images<S>& call, const GridAxis (&grid)[3]) {
                });
 }
 
-// ---- regions: parts of a grid in which no tap, or every tap that is left, meets the image
-// --------
+// ---- regions: parts of a grid in which every tap that is left reads inside of the image
+// ----------
 
-// Cuts an axis where the set of taps that read inside of the image changes.
-inline std::vector<GridAxis> regions_of(const GridAxis& axis) {
-  std::vector<int64_t> cuts = {0, axis.count};
-  const auto first_inside = [&](int64_t tap) {
-    return most(up(most(-axis.shift(tap), 0), axis.image_step), 0);
-  };
-  const auto end_inside = [&](int64_t tap) {
-    return least(up(most(axis.image_size - axis.shift(tap), 0), axis.image_step), axis.count);
-  };
-  for (int64_t i = 0; i < axis.taps; ++i) {
-    cuts.push_back(least(first_inside(i), axis.count));
-    cuts.push_back(end_inside(i));
-  }
-  std::sort(cuts.begin(), cuts.end());
-  std::vector<GridAxis> regions;
-  for (size_t c = 0; c + 1 < cuts.size(); ++c) {
-    if (cuts[c] == cuts[c + 1]) continue;
-    GridAxis part = axis;
-    part.count = cuts[c + 1] - cuts[c];
-    part.first += cuts[c] * axis.step;
-    part.taps = 0;
-    for (int64_t i = 0; i < axis.taps; ++i) {
-      if (first_inside(i) > cuts[c] || end_inside(i) < cuts[c + 1]) continue;
-      if (part.taps++ > 0) continue;
-      part.first_tap = axis.tap(i);
-      part.first_shift = axis.shift(i) + cuts[c] * axis.image_step;
+constexpr int64_t most_cut_taps = 7;  // on an axis that is cut
+
+// An axis cut where the set of taps that read inside of the image changes.
+struct Regions {
+  int count = 0;
+  GridAxis part[2 * most_cut_taps + 1];
+
+  explicit Regions(const GridAxis& axis) {
+    if (!axis.reads_padding()) {
+      part[count++] = axis;
+      return;
     }
-    regions.push_back(part);
+    int64_t inside[most_cut_taps][2];  // [first, end) of each tap
+    for (int64_t i = 0; i < axis.taps; ++i) {
+      const int64_t shift = axis.shift(i);
+      inside[i][0] = least(up(most(-shift, 0), axis.image_step), axis.count);
+      inside[i][1] = least(up(most(axis.image_size - shift, 0), axis.image_step), axis.count);
+    }
+    for (int64_t from = 0, to; from < axis.count; from = to) {
+      to = axis.count;
+      GridAxis& region = part[count++];
+      region = axis;
+      region.first += from * axis.step;
+      region.taps = 0;
+      for (int64_t i = 0; i < axis.taps; ++i) {
+        for (const int64_t cut : inside[i])
+          if (cut > from) to = least(to, cut);
+        if (inside[i][0] > from || inside[i][1] <= from || region.taps++ > 0) continue;
+        region.first_tap = axis.tap(i);
+        region.first_shift = axis.shift(i) + from * axis.image_step;
+      }
+      region.count = to - from;
+    }
   }
-  return regions;
-}
+};
 
-// The share of the products of a grid that do not read padding.
-inline double share_inside(const GridAxis (&grid)[3]) {
-  double share = 1;
-  for (const GridAxis& g : grid) {
-    int64_t inside = 0;
-    for (const GridAxis& part : regions_of(g)) inside += part.count * part.taps;
-    share *= double(inside) / double(g.count * g.taps);
-  }
-  return share;
-}
-
-// Do regions pay? A few large ones with much less to multiply do.
+// Do regions pay? Where there are few, and much less to multiply.
 inline bool worth_cutting(const GridAxis (&grid)[3]) {
-  size_t regions = 1;
-  for (const GridAxis& g : grid) {
-    if (!g.reads_padding()) continue;
-    if (g.shift_step < 4 && g.shift_step > -4) return false;  // slivers at the border
-    regions *= regions_of(g).size();
+  double share = 1;  // of the products
+  for (const GridAxis& axis : grid) {
+    if (!axis.reads_padding()) continue;
+    const bool slivers = axis.shift_step < 4 && axis.shift_step > -4;
+    if (slivers || axis.taps > most_cut_taps) return false;
+    const Regions regions(axis);
+    int64_t inside = 0;
+    for (int i = 0; i < regions.count; ++i) inside += regions.part[i].count * regions.part[i].taps;
+    share *= double(inside) / double(axis.count * axis.taps);
   }
-  return regions > 1 && regions <= 64 && share_inside(grid) < 0.75;
+  return share < 0.75;
 }
 
 // multiply_images without the products that read padding.
 template <class S>
 bool multiply_regions(const Images<S>& call, const GridAxis (&grid)[3], bool& nan) {
-  for (const GridAxis& d : regions_of(grid[0]))
-    for (const GridAxis& h : regions_of(grid[1]))
-      for (const GridAxis& w : regions_of(grid[2])) {
-        const GridAxis part[3] = {d, h, w};
-        if (d.taps * h.taps * w.taps == 0)
+  const Regions planes(grid[0]), rows(grid[1]), columns(grid[2]);
+  for (int d = 0; d < planes.count; ++d)
+    for (int h = 0; h < rows.count; ++h)
+      for (int w = 0; w < columns.count; ++w) {
+        const GridAxis part[3] = {planes.part[d], rows.part[h], columns.part[w]};
+        if (part[0].taps * part[1].taps * part[2].taps == 0)
           store_bias(call, part);
         else if (!multiply_images(call, part, nan))
           return false;

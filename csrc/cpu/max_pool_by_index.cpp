@@ -309,13 +309,17 @@ bool run_pool_by_index(const PoolProblem& p) {
     using T = typename decltype(tag)::type;
     with_index_type(p.index_type, [&](auto index) {
       using Index = decltype(index);
-      constexpr bool flat = std::is_same_v<Index, int64_t>;
+      const auto scatter = [&](auto flat) {
+        using Map = Scatter<T, Index, decltype(flat)::value>;
+        done = Map::fits(p.shape);
+        if (done) Map(p).run();
+      };
       if (p.direction == PoolDirection::gather)
         gather<T, Index>(p);
-      else if (Scatter<T, Index, flat>::fits(p.shape))
-        Scatter<T, Index, flat>(p).run();
+      else if (p.kind == IndexKind::flat)
+        scatter(std::true_type{});
       else
-        done = false;
+        scatter(std::false_type{});
     });
   });
   return done;
