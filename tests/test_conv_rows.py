@@ -120,6 +120,7 @@ NAMED = {
     "patch of some channels, few lanes": (1, 700, 3, 1, [(20, 3, 1, 12, 12, 12)] * 2),
     "groups across planes": (1, 64, 4, 1, [(3, 3, 1, 1, 1, 1), *[(40, 3, 1, 1, 1, 1)] * 2]),
     "groups across long rows": (1, 100, 4, 1, [(3, 1, 1, 1, 0, 0), (2500, 3, 1, 1, 1, 1)]),
+    "groups across planes and rows": (1, 64, 8, 1, [(4, 3, 1, 1, 1, 1), *[(56, 3, 1, 1, 1, 1)] * 2]),
     "many lanes": (1, 3, 300, 1, [(9, 3, 2, 1, 1, 1)] * 2),
     "pointwise": (2, 40, 70, 1, [(13, 1, 1, 1, 0, 0)] * 2),
     "pointwise, strided": (2, 70, 40, 1, [(13, 1, 2, 1, 0, 0)] * 2),
@@ -128,7 +129,7 @@ NAMED = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize("row", FAST)
 def test_named(row, name, dtype):

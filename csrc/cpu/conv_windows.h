@@ -120,7 +120,9 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
             const Bands bands(s, g * K::group, least(pixels, (g + 1) * K::group), patch_limit);
             patch_size = most(patch_size, bands.elements());
           }
-          patch_size = (most(patch_size, patch_limit) + 64) * block_channels;
+          // Each channel of a band is rounded up (PatchLayout), by less than 64 elements.
+          constexpr int64_t most_bands = sizeof(Bands::band) / sizeof(Bands::Band);
+          patch_size = (most(patch_size, patch_limit) + 64 * most_bands) * block_channels + L;
         }
         const int64_t total_size = most_rows * block_vecs * L;
         const int64_t panel_size = K::group * L * TileSize<T, K::chains>::vecs;
