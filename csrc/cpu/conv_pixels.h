@@ -185,9 +185,11 @@ bool multiply_images(const Images<S>& call, const GridAxis (&grid)[3], bool& nan
     if (a == 2 && wide) patched = patched || call.image_stride[4] != 1 || grid[2].count < L;
     reach += patch_size[a] * hop[a] * std::llabs(call.image_stride[a + 2]);
   }
-  // In place, the terms of a row should lie side by side: a patch is compact.
+  // In place, the terms of a row should lie side by side: a patch is compact. But of many stride
+  // phases with few products each would fill its own.
   const bool side_by_side = call.image_stride[1] == 1 && taps == 1 && grid[2].image_step == 1;
-  patched = patched || reach > INT32_MAX || !side_by_side;
+  const bool one_of_phases = wide && taps == 1 && grid[2].step > 1;
+  patched = patched || reach > INT32_MAX || !(side_by_side || one_of_phases);
   const int64_t channels_in_group = least(call.image_channels, (K::group - 1) / all_taps + 2);
   int64_t patch_channels = 0;
   PatchLayout layout;
