@@ -130,6 +130,11 @@ NAMED = {
     "many lanes": (1, 3, 300, 1, [(9, 3, 2, 1, 1, 1)] * 2),
     "pointwise": (2, 40, 70, 1, [(13, 1, 1, 1, 0, 0)] * 2),
     "pointwise, strided": (2, 70, 40, 1, [(13, 1, 2, 1, 0, 0)] * 2),
+    "phases that share a patch": (2, 3, 40, 1, [(37, 7, 2, 1, 3, 3)] * 2),
+    "phases that share patches of some channels": (1, 3, 700, 1, [(50, 5, 3, 1, 2, 1)] * 2),
+    "phases with gaps": (1, 2, 300, 1, [(40, 5, 2, 2, 3, 0), (41, 4, 3, 1, 1, 2)]),
+    "phases of volumes": (1, 1, 150, 1, [(9, 3, 2, 1, 1, 1), *[(20, 3, 2, 1, 1, 1)] * 2]),
+    "vectors of pixels, patches of some channels": (2, 3, 300, 1, [(30, 3, 1, 1, 1, 1)] * 2),
     "strides larger than the kernel": (2, 20, 20, 1, [(17, 2, 5, 1, 0, 0)] * 2),
     "kernel larger than the image": (2, 20, 20, 1, [(3, 7, 1, 1, 3, 3)] * 2),
 }

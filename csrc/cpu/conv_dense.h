@@ -88,21 +88,29 @@ bool dense_grad_input(const ConvProblem& p) {
                        s.group_in(),
                        {s.axis[0].kernel, s.axis[1].kernel, s.axis[2].kernel}};
   bool nan = false;
-  int64_t phases = 1, taps_of_phases = 1;
+  int64_t phases = 1;
+  bool all_have_taps = true;
   for (const Axis& a : s.axis) {
     phases *= least(a.stride, a.in);
     for (int64_t phase = 0; phase < least(a.stride, a.in); ++phase)
-      if (gradient_axis(a, phase).taps == 0) taps_of_phases = 0;
+      all_have_taps = all_have_taps && gradient_axis(a, phase).taps > 0;
   }
-  // The phases of as many samples as stay in the cache while they are written.
+  // Few channels: the phases read one patch.
+  Phase together[most_phases];
+  int members = 0;
+  const GridAxis first[3] = {gradient_axis(s.axis[0], 0), gradient_axis(s.axis[1], 0),
+                             gradient_axis(s.axis[2], 0)};
+  const bool share =
+      phases > 1 && phases <= most_phases && all_have_taps && has_vectors_of_pixels(call, first);
+  // Else those of as many samples take turns as stay in the cache while they are written.
   const int64_t sample = s.in_channels * s.inputs() * int64_t{sizeof(S)};
-  const int64_t at_once = phases == 1 ? s.batch : most(phase_bytes / sample, 1);
+  const int64_t at_once = phases == 1 || share ? s.batch : most(phase_bytes / sample, 1);
   for (int64_t n = 0; n < s.batch; n += at_once) {
     Images<S> part = call;
     part.image += n * p.output.stride[0];
     part.target += n * p.input.stride[0];
     part.batch = least(at_once, s.batch - n);
-    if (taps_of_phases == 0) {
+    if (!all_have_taps) {
       GridAxis all[3];
       for (int a = 0; a < 3; ++a) all[a].count = s.axis[a].in;
       store_bias(part, all);
@@ -113,11 +121,14 @@ bool dense_grad_input(const ConvProblem& p) {
           const GridAxis grid[3] = {gradient_axis(s.axis[0], d), gradient_axis(s.axis[1], h),
                                     gradient_axis(s.axis[2], w)};
           if (grid[0].taps * grid[1].taps * grid[2].taps == 0) continue;
-          if (!(worth_cutting(grid) ? multiply_regions(part, grid, nan)
-                                    : multiply_images(part, grid, nan)))
+          if (share)
+            together[members++] = {{grid[0], grid[1], grid[2]}, {}};
+          else if (!(worth_cutting(grid) ? multiply_regions(part, grid, nan)
+                                         : multiply_images(part, grid, nan)))
             return false;
         }
   }
+  if (share && !multiply_images(call, together, members, nan)) return false;
   // Where a tap meets no output the loops multiplied the weight by +0: the term that does not
   // exist, unless the weight is not finite, and then a NaN came out.
   const int64_t size[5] = {s.out_channels, s.group_in(), s.axis[0].kernel, s.axis[1].kernel,

@@ -20,10 +20,12 @@ struct TileSize {
   static constexpr int vecs = Vec<T>::registers == 32 ? 3 : 2;
   static constexpr int rows = (Vec<T>::registers == 32 ? 8 : 6) / Chains;
 
-  // Of a wide tile: vectors that go with a number of rows, so that the chains, the lanes and a row
-  // fit the registers: one chain in memory would halve the speed.
+  // Of a wide tile: vectors that go with a number of rows, so that the chains, all lanes and a row,
+  // or all rows and a lane, fit the registers: one chain in memory would halve the speed.
   static constexpr int wide_vecs(int some_rows) {
-    const int fit = (Vec<T>::registers - 1) / (some_rows * Chains + 1);
+    const int all_lanes = (Vec<T>::registers - 1) / (some_rows * Chains + 1);
+    const int all_rows = (Vec<T>::registers - 1 - some_rows) / (some_rows * Chains);
+    const int fit = all_lanes > all_rows ? all_lanes : all_rows;
     return fit > 8 / Chains ? 8 / Chains : fit;
   }
 };
@@ -56,14 +58,26 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const int32_t* offs
       for (int32_t n = length[c]; n > 0; --n) {
         const int64_t o = *term++;
         prefetch(ahead + o);
-        V lane[Vecs];
-#pragma GCC unroll 8
-        for (int j = 0; j < Vecs; ++j) lane[j] = V::load(Wide ? at[j] + o : packed + j * L);
+        if constexpr (Wide && Rows < Vecs) {
+          V row[Rows];
 #pragma GCC unroll 16
-        for (int i = 0; i < Rows; ++i) {
-          const V row = V::broadcast(Wide ? packed[i] : at[i][o]);
+          for (int i = 0; i < Rows; ++i) row[i] = V::broadcast(packed[i]);
 #pragma GCC unroll 8
-          for (int j = 0; j < Vecs; ++j) chain[c][i][j] = fma(row, lane[j], chain[c][i][j]);
+          for (int j = 0; j < Vecs; ++j) {
+            const V lane = V::load(at[j] + o);
+#pragma GCC unroll 16
+            for (int i = 0; i < Rows; ++i) chain[c][i][j] = fma(row[i], lane, chain[c][i][j]);
+          }
+        } else {
+          V lane[Vecs];
+#pragma GCC unroll 8
+          for (int j = 0; j < Vecs; ++j) lane[j] = V::load(Wide ? at[j] + o : packed + j * L);
+#pragma GCC unroll 16
+          for (int i = 0; i < Rows; ++i) {
+            const V row = V::broadcast(Wide ? packed[i] : at[i][o]);
+#pragma GCC unroll 8
+            for (int j = 0; j < Vecs; ++j) chain[c][i][j] = fma(row, lane[j], chain[c][i][j]);
+          }
         }
         packed += Wide ? Rows : Vecs * L;
       }
@@ -126,6 +140,30 @@ void multiply_rows(const T* const* row, int64_t rows, const int32_t* offset, con
   if (whole < rows)
     tile_of<T, Chains>(static_cast<int>(rows - whole), vecs)(
         1, row + whole, offset, length, panel, total + whole * vecs * Vec<T>::lanes, resume, last);
+}
+
+// The wide tiles of `rows` rows that cover `vectors` vectors: use(tile, first vector, number of
+// tiles, their width) for each run of equal ones.
+template <class T, int Chains, class Use>
+TNC_INLINE void each_wide_run(int rows, int64_t vectors, const Use& use) {
+  int vecs = 0;
+  for (int64_t v = 0; v < vectors;) {
+    const Tiles<T> tile = wide_tile_of<T, Chains>(rows, vectors - v, vecs);
+    const int64_t tiles = (vectors - v) / vecs;
+    use(tile, v, tiles, vecs);
+    v += tiles * vecs;
+  }
+}
+
+// total += the group, for `vectors` vectors with a pointer each; the tile that begins at vector v
+// has its totals, rows x width, at v * rows vectors.
+template <class T, int Chains>
+void multiply_vectors(const T* const* vector, int64_t vectors, const int32_t* offset,
+                      const int32_t* length, const T* panel, int rows, T* total, bool resume) {
+  each_wide_run<T, Chains>(rows, vectors, [&](Tiles<T> tile, int64_t v, int64_t tiles, int) {
+    tile(tiles, vector + v, offset, length, panel, total + v * rows * Vec<T>::lanes, resume,
+         vector + vectors - 1);
+  });
 }
 
 }  // namespace torch_naiveconv::TNC_ISA
