@@ -135,6 +135,16 @@ NAMED = {
     "phases with gaps": (1, 2, 300, 1, [(40, 5, 2, 2, 3, 0), (41, 4, 3, 1, 1, 2)]),
     "phases of volumes": (1, 1, 150, 1, [(9, 3, 2, 1, 1, 1), *[(20, 3, 2, 1, 1, 1)] * 2]),
     "vectors of pixels, patches of some channels": (2, 3, 300, 1, [(30, 3, 1, 1, 1, 1)] * 2),
+    "cut at the padding": (3, 60, 40, 1, [(7, 3, 1, 1, 1, 1)] * 2),
+    "volumes cut at the padding": (
+        1,
+        20,
+        20,
+        1,
+        [(5, 3, 1, 1, 1, 1), (6, 5, 1, 1, 2, 2), (9, 3, 1, 1, 1, 1)],
+    ),
+    "cut, strided and dilated": (1, 40, 20, 1, [(21, 3, 2, 5, 5, 4), (20, 5, 1, 4, 8, 8)]),
+    "cut vectors of pixels": (4, 30, 6, 1, [(16, 5, 1, 1, 2, 2)] * 2),
     "strides larger than the kernel": (2, 20, 20, 1, [(17, 2, 5, 1, 0, 0)] * 2),
     "kernel larger than the image": (2, 20, 20, 1, [(3, 7, 1, 1, 3, 3)] * 2),
 }

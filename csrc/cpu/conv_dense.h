@@ -60,13 +60,15 @@ bool dense_forward(const ConvProblem& p) {
                        {s.axis[0].kernel, s.axis[1].kernel, s.axis[2].kernel}};
   const GridAxis grid[3] = {forward_axis(s.axis[0]), forward_axis(s.axis[1]),
                             forward_axis(s.axis[2])};
-  bool nan = false;
-  // Padding times an infinity or a NaN is a NaN: it may be left out only of finite weights.
+  // Padding times an infinity or a NaN is a NaN: it may be left out only of finite weights. A
+  // weight that is not finite shows, since each tap that is cut somewhere reads the image
+  // elsewhere.
+  bool special = false;
   const int64_t size[5] = {s.out_channels, s.group_in(), s.axis[0].kernel, s.axis[1].kernel,
                            s.axis[2].kernel};
-  if (worth_cutting(grid) && all_finite<S>(p.weight, size))
-    return multiply_regions(call, grid, nan);
-  return multiply_images(call, grid, nan);
+  if (!multiply_images(call, &grid, 1, true, special)) return false;
+  return !special || all_finite<S>(p.weight, size) ||
+         multiply_images(call, &grid, 1, false, special);
 }
 
 template <class S>
@@ -87,7 +89,7 @@ bool dense_grad_input(const ConvProblem& p) {
                        s.group_out(),
                        s.group_in(),
                        {s.axis[0].kernel, s.axis[1].kernel, s.axis[2].kernel}};
-  bool nan = false;
+  bool special = false;
   int64_t phases = 1;
   bool all_have_taps = true;
   for (const Axis& a : s.axis) {
@@ -96,7 +98,7 @@ bool dense_grad_input(const ConvProblem& p) {
       all_have_taps = all_have_taps && gradient_axis(a, phase).taps > 0;
   }
   // Few channels: the phases read one patch.
-  Phase together[most_phases];
+  GridAxis together[most_phases][3];
   int members = 0;
   const GridAxis first[3] = {gradient_axis(s.axis[0], 0), gradient_axis(s.axis[1], 0),
                              gradient_axis(s.axis[2], 0)};
@@ -121,19 +123,20 @@ bool dense_grad_input(const ConvProblem& p) {
           const GridAxis grid[3] = {gradient_axis(s.axis[0], d), gradient_axis(s.axis[1], h),
                                     gradient_axis(s.axis[2], w)};
           if (grid[0].taps * grid[1].taps * grid[2].taps == 0) continue;
-          if (share)
-            together[members++] = {{grid[0], grid[1], grid[2]}, {}};
-          else if (!(worth_cutting(grid) ? multiply_regions(part, grid, nan)
-                                         : multiply_images(part, grid, nan)))
+          if (share) {
+            for (int a = 0; a < 3; ++a) together[members][a] = grid[a];
+            ++members;
+          } else if (!multiply_images(part, &grid, 1, true, special)) {
             return false;
+          }
         }
   }
-  if (share && !multiply_images(call, together, members, nan)) return false;
-  // Where a tap meets no output the loops multiplied the weight by +0: the term that does not
-  // exist, unless the weight is not finite, and then a NaN came out.
+  if (share && !multiply_images(call, together, members, false, special)) return false;
+  // Where a tap meets no output the loops may have multiplied the weight by +0: the term that does
+  // not exist, unless the weight is not finite, and then a NaN came out.
   const int64_t size[5] = {s.out_channels, s.group_in(), s.axis[0].kernel, s.axis[1].kernel,
                            s.axis[2].kernel};
-  return !nan || all_finite<S>(p.weight, size);
+  return !special || all_finite<S>(p.weight, size);
 }
 
 // One tap, no padding: then output and input play the same part in the weight gradient.

@@ -56,25 +56,73 @@ inline GridAxis gradient_axis(const Axis& a, int64_t phase) {
   return g;
 }
 
-// The terms that exist, group after group and chain after chain.
-struct Terms {
-  int64_t groups = 0;
+// Pixels [from, to) of an axis, for which taps [tap, tap + taps) are multiplied.
+struct Stretch {
+  int64_t from, to, tap, taps;
+};
+
+// An axis cut where the set of taps that read inside of the image changes; or, left whole, one
+// stretch that reads the padding too.
+struct Cut {
+  static constexpr int64_t most_taps = 7;  // of an axis that is cut
+  int count = 1;
+  Stretch stretch[2 * most_taps + 1];
+
+  explicit Cut(const GridAxis& axis) { stretch[0] = {0, axis.count, 0, axis.taps}; }
+
+  void at_padding(const GridAxis& axis) {
+    count = 0;
+    for (int64_t from = 0, to; from < axis.count; from = to) {
+      to = axis.count;
+      Stretch& s = stretch[count++];
+      s.tap = s.taps = 0;
+      for (int64_t i = 0; i < axis.taps; ++i) {
+        const int64_t first = inside(axis, i, 0), end = inside(axis, i, axis.image_size);
+        if (first > from) to = least(to, first);
+        if (end > from) to = least(to, end);
+        if (first <= from && from < end && s.taps++ == 0) s.tap = i;
+      }
+      s.from = from;
+      s.to = to;
+    }
+  }
+  // Has every tap a pixel for which it reads inside of the image?
+  static bool all_taps_inside(const GridAxis& axis) {
+    bool all = true;
+    for (int64_t i = 0; i < axis.taps; ++i)
+      all = all && inside(axis, i, 0) < inside(axis, i, axis.image_size);
+    return all;
+  }
+
+ private:
+  // The first pixel for which a tap reads at `position` of the image or behind.
+  static int64_t inside(const GridAxis& axis, int64_t tap, int64_t position) {
+    return least(up(most(position - axis.shift(tap), 0), axis.image_step), axis.count);
+  }
+};
+
+// The terms of some pixels, group after group and chain after chain.
+struct Part {
+  Stretch stretch[3];
   int32_t* start = nullptr;   // of each group
   int32_t* length = nullptr;  // of each chain of each group
-  int32_t* row = nullptr;     // offset from a row's pointer
-  int32_t* lane = nullptr;    // offset in the weight
+  Term* term = nullptr;
+  int64_t taps() const { return stretch[0].taps * stretch[1].taps * stretch[2].taps; }
 };
 
-// A grid and its terms. The stride phases of one call have the same image_step and differ in count
-// by at most one; where they share a patch it holds what any of them reads.
+// A grid, all its terms as the panels hold them, and its parts. The stride phases of a call, which
+// have the same image_step and differ in count by at most one, may share a patch.
 struct Phase {
   GridAxis grid[3];
-  Terms terms;
+  int32_t* start = nullptr;  // of each group
+  int32_t* lane = nullptr;   // offset in the weight
+  Part* part = nullptr;
+  int64_t parts = 0;
 
   int64_t taps() const { return grid[0].taps * grid[1].taps * grid[2].taps; }
-  int64_t pixels() const { return grid[0].count * grid[1].count * grid[2].count; }
 };
 constexpr int most_phases = 64;  // that share a patch
+constexpr int most_parts = 64;   // of a phase
 
 // A call as the loops see it: the image is read by the rows, the target is written.
 template <class S>
@@ -103,100 +151,131 @@ bool has_vectors_of_pixels(const Images<S>& call, const GridAxis (&grid)[3]) {
   return grid[2].image_step == 1 && pixels_used > 1.25 * channels_used;
 }
 
-// The reads of all phases on one axis: of pixel j, from j * step + first_shift to j * step +
-// last_shift. A patch leaves out what a stride steps over: it holds every hop-th position.
+// What the patch of a box holds of an axis: what any of the phases reads, of which pixel j reads
+// from j * step + first_shift to j * step + last_shift. No padding if the axis is cut there, and
+// only every hop-th position if a stride steps over the others.
 struct Reach {
   int64_t count = 0, step = 1, hop = 1, image_size = 1, first_shift = 0, last_shift = 0;
-  bool padding = false;
+  bool padding = false, is_cut = false;
 
-  Reach(const Phase* phase, int phases, int axis) {
+  Reach(const GridAxis (*grid)[3], int phases, int axis, bool cut) : is_cut(cut) {
     for (int i = 0; i < phases; ++i) {
-      const GridAxis& a = phase[i].grid[axis];
+      const GridAxis& a = grid[i][axis];
       count = most(count, a.count);
       first_shift = i == 0 ? a.least_shift() : least(first_shift, a.least_shift());
       last_shift = i == 0 ? a.most_shift() : most(last_shift, a.most_shift());
       padding = padding || a.reads_padding();
     }
-    step = phase[0].grid[axis].image_step;
-    image_size = phase[0].grid[axis].image_size;
-    if (phases == 1 && phase[0].grid[axis].taps == 1) hop = step;
+    step = grid[0][axis].image_step;
+    image_size = grid[0][axis].image_size;
+    if (phases == 1 && grid[0][axis].taps == 1 && !cut) hop = step;
   }
-  int64_t size(int64_t pixels) const {
-    return (pixels - 1) * (step / hop) + last_shift - first_shift + 1;
+  int64_t from(int64_t pixel) const {
+    const int64_t at = pixel * step + first_shift;
+    return is_cut ? most(at, 0) : at;
+  }
+  int64_t to(int64_t end_pixel) const {
+    const int64_t at = (end_pixel - 1) * step + last_shift + 1;
+    return is_cut ? least(at, image_size) : at;
+  }
+  int64_t most_size(int64_t pixels) const {
+    const int64_t size = (pixels - 1) * (step / hop) + last_shift - first_shift + 1;
+    return is_cut ? least(size, image_size) : size;
   }
 };
 
-// Fills the table of a phase. A row's pointer stands at its first_shift on each axis.
-template <class S>
-void fill_terms(const Images<S>& call, Phase& phase, const PatchLayout& layout,
-                const int64_t (&first_shift)[3], int64_t* tap_row, int64_t* tap_lane,
-                int64_t* tap_number) {
-  using K = Kind<S>;
-  Terms& table = phase.terms;
-  const int64_t taps = phase.taps();
-  const int64_t all_taps = call.kernel[0] * call.kernel[1] * call.kernel[2];
-  int64_t i = 0;
-  for (int64_t d = 0; d < phase.grid[0].taps; ++d)
-    for (int64_t h = 0; h < phase.grid[1].taps; ++h)
-      for (int64_t w = 0; w < phase.grid[2].taps; ++w, ++i) {
-        const int64_t tap[3] = {d, h, w};
-        tap_row[i] = tap_lane[i] = tap_number[i] = 0;
-        for (int a = 0; a < 3; ++a) {
-          const GridAxis& axis = phase.grid[a];
-          tap_row[i] += (axis.shift(tap[a]) - first_shift[a]) * layout.axis[a];
-          tap_lane[i] += axis.tap(tap[a]) * call.weight_stride[a + 2];
-          tap_number[i] = tap_number[i] * call.kernel[a] + axis.tap(tap[a]);
+// The taps of stretches of the three axes, in the contract's order.
+struct Taps {
+  int64_t count = 0;
+  int64_t* number = nullptr;    // among all taps of the kernel
+  int64_t* in_image = nullptr;  // offset from a row's pointer, which stands at first_shift
+  int64_t* in_weight = nullptr;
+
+  Taps(Arena& arena, int64_t limit)
+      : number(arena.take<int64_t>(limit)),
+        in_image(arena.take<int64_t>(limit)),
+        in_weight(arena.take<int64_t>(limit)) {}
+  template <class S>
+  void list(const Images<S>& call, const GridAxis (&grid)[3], const Stretch (&stretch)[3],
+            const int64_t (&first_shift)[3], const PatchLayout& layout) {
+    count = 0;
+    for (int64_t d = 0; d < stretch[0].taps; ++d)
+      for (int64_t h = 0; h < stretch[1].taps; ++h)
+        for (int64_t w = 0; w < stretch[2].taps; ++w, ++count) {
+          const int64_t tap[3] = {stretch[0].tap + d, stretch[1].tap + h, stretch[2].tap + w};
+          number[count] = in_image[count] = in_weight[count] = 0;
+          for (int a = 0; a < 3; ++a) {
+            number[count] = number[count] * call.kernel[a] + grid[a].tap(tap[a]);
+            in_image[count] += (grid[a].shift(tap[a]) - first_shift[a]) * layout.axis[a];
+            in_weight[count] += grid[a].tap(tap[a]) * call.weight_stride[a + 2];
+          }
         }
-      }
-  int64_t channel = 0, t = 0;
-  i = 0;
-  for (int64_t g = 0; g < table.groups; ++g) {
-    table.start[g] = static_cast<int32_t>(t);
-    const int64_t channel0 = channel, i0 = i;
+  }
+};
+
+// use(t, channel, tap, number) for term t of all, group after group and chain after chain. `number`
+// is the contract's.
+template <class S, class Use>
+void each_term(const Images<S>& call, const Taps& taps, int64_t groups, int32_t* start,
+               int32_t* length, const Use& use) {
+  using K = Kind<S>;
+  const int64_t all_taps = call.kernel[0] * call.kernel[1] * call.kernel[2];
+  int64_t channel = taps.count > 0 ? 0 : call.image_channels, tap = 0, t = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    start[g] = static_cast<int32_t>(t);
+    const int64_t channel0 = channel, tap0 = tap;
     for (int64_t chain = 0; chain < K::chains; ++chain) {
       const int64_t before = t;
       channel = channel0;
-      i = i0;
+      tap = tap0;
       while (channel < call.image_channels) {
-        const int64_t number = channel * all_taps + tap_number[i];
+        const int64_t number = channel * all_taps + taps.number[tap];
         if (number >= (g + 1) * K::group) break;
-        if (K::chains == 1 || number % K::chains == chain) {
-          table.row[t] = static_cast<int32_t>(channel * layout.channel + tap_row[i]);
-          table.lane[t++] = static_cast<int32_t>(channel * call.channel_stride + tap_lane[i]);
-        }
-        if (++i == taps) i = 0, ++channel;
+        if (K::chains == 1 || number % K::chains == chain) use(t++, channel, tap, number);
+        if (++tap == taps.count) tap = 0, ++channel;
       }
-      table.length[g * K::chains + chain] = static_cast<int32_t>(t - before);
+      length[g * K::chains + chain] = static_cast<int32_t>(t - before);
     }
   }
-  table.start[table.groups] = static_cast<int32_t>(t);
+  start[groups] = static_cast<int32_t>(t);
 }
 
-// The product of one tile of lanes, [first, first + lanes), for all rows of a box: the groups from
-// g0 to g1 on top of the totals of the earlier ones.
+// The product of one tile of lanes for all rows of a box, `rows[i]` of part i: the groups from g0
+// to g1 on top of the totals of the earlier ones.
 template <class S, class T>
-void multiply_lanes(const Images<S>& call, const Terms& table, const S* weight, LaneTile tile,
+void multiply_lanes(const Images<S>& call, const Phase& phase, const S* weight, LaneTile tile,
                     int64_t g0, int64_t g1, bool wide, int64_t step, const T* const* row,
-                    int64_t rows, T* panel, T* total) {
+                    const int64_t* rows, T* panel, T* total) {
   using K = Kind<S>;
+  const int64_t pitch = (wide ? tile.lanes : tile.vecs) * Vec<T>::lanes;
   for (int64_t g = g0; g < g1; ++g) {
-    const int32_t* const length = table.length + g * K::chains;
-    const int32_t* const lane = table.lane + table.start[g];
-    const int64_t n = table.start[g + 1] - table.start[g];
+    const int32_t* const lane = phase.lane + phase.start[g];
+    const int64_t n = phase.start[g + 1] - phase.start[g];
     if (n == 0 && g > 0) continue;
     if (wide) {
       for (int64_t t = 0; t < n; ++t)
         for (int64_t i = 0; i < tile.lanes; ++i)
           panel[t * tile.lanes + i] = widened(weight[i * call.lane_stride + lane[t]]);
-      multiply_vectors<T, K::chains>(row, rows, table.row + table.start[g], length, panel,
-                                     tile.lanes, total, g > 0);
     } else {
       pack_panel(panel, tile.vecs, tile.lanes, weight, call.lane_stride, lane, n, step);
       if (g + 1 < g1)
-        prefetch_panel(tile.lanes, weight, call.lane_stride, table.lane + table.start[g + 1],
-                       table.start[g + 2] - table.start[g + 1]);
-      multiply_rows<T, K::chains>(row, rows, table.row + table.start[g], length, panel, tile.vecs,
-                                  total, g > 0);
+        prefetch_panel(tile.lanes, weight, call.lane_stride, phase.lane + phase.start[g + 1],
+                       phase.start[g + 2] - phase.start[g + 1]);
+    }
+    const T* const* from = row;
+    T* to = total;
+    for (int64_t i = 0; i < phase.parts; ++i) {
+      const Part& part = phase.part[i];
+      const Term* const terms = part.term + part.start[g];
+      const int32_t* const length = part.length + g * K::chains;
+      if (rows[i] == 0 || (g > 0 && part.start[g] == part.start[g + 1])) {
+      } else if (wide) {
+        multiply_vectors<T, K::chains>(from, rows[i], terms, length, panel, tile.lanes, to, g > 0);
+      } else {
+        multiply_rows<T, K::chains>(from, rows[i], terms, length, panel, tile.vecs, to, g > 0);
+      }
+      from += rows[i];
+      to += rows[i] * pitch;
     }
   }
 }
@@ -208,14 +287,14 @@ bool store_vectors(const T* total, int64_t vectors, int lanes, const T* bias, S*
                    const int64_t* position, int64_t to_channel, int64_t to_pixel, int pixels) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
-  auto nan = is_nan(V::zero());
+  auto special = is_special(V::zero());
   each_wide_run<T, Chains>(lanes, vectors, [&](Tiles<T>, int64_t v, int64_t tiles, int vecs) {
     for (; tiles > 0; --tiles, v += vecs)
       for (int i = 0; i < lanes; ++i) {
         const V b = V::broadcast(bias[i]);
         for (int j = 0; j < vecs; ++j) {
           const V sum = V::load(total + (v * lanes + i * vecs + j) * L) + b;
-          nan = V::either(nan, is_nan(sum));
+          special = V::either(special, is_special(sum));
           S* const to = target + i * to_channel + position[v + j];
           if (to_pixel == 1 && pixels == L) {
             canonical(sum).store(to);
@@ -229,28 +308,81 @@ bool store_vectors(const T* total, int64_t vectors, int lanes, const T* bias, S*
         }
       }
   });
-  return V::any(nan);
+  return V::any(special);
 }
 
-// Writes the pixels of the phases. Returns false to decline; `nan` becomes true if a NaN was
-// written.
+// What the products of cut axes cost, in rows x taps, if `samples` of them share a box. A tile of
+// fewer than 4 rows takes as long: its chains wait for themselves.
+inline int64_t cost_of(const Cut& d, const Cut& h, const Cut& w, int64_t samples, bool wide,
+                       int64_t lanes, int64_t tile_rows) {
+  int64_t cost = 0;
+  for (int i = 0; i < d.count; ++i)
+    for (int j = 0; j < h.count; ++j)
+      for (int k = 0; k < w.count; ++k) {
+        const int64_t width = w.stretch[k].to - w.stretch[k].from;
+        const int64_t rows = samples * (d.stretch[i].to - d.stretch[i].from) *
+                             (h.stretch[j].to - h.stretch[j].from) *
+                             (wide ? up(width, lanes) : width);
+        const int64_t rest = rows % tile_rows;
+        cost += d.stretch[i].taps * h.stretch[j].taps * w.stretch[k].taps *
+                (rows - rest + (rest > 0 ? most(rest, 4) : 0));
+      }
+  return cost;
+}
+
+// Which axes to cut at the padding: those where that saves some of the work. Vectors of pixels are
+// not cut; shorter runs along w cost a little more to store.
 template <class S>
-bool multiply_images(const Images<S>& call, Phase* phase, int phases, bool& nan) {
+void choose_cuts(const Images<S>& call, const GridAxis (&grid)[3], bool wide, Cut (&cut)[3]) {
+  using T = typename Kind<S>::T;
+  constexpr int64_t lanes = Vec<T>::lanes, tile_rows = TileSize<T, Kind<S>::chains>::rows;
+  const int64_t terms = call.image_channels * grid[0].taps * grid[1].taps * grid[2].taps;
+  const int64_t pixels = grid[0].count * grid[1].count * grid[2].count;
+  const int64_t samples = most(1, least(call.batch, rows_of_task / most(pixels, 1)));
+  const auto cost = [&] {
+    return cost_of(cut[0], cut[1], cut[2], samples, wide, lanes, tile_rows);
+  };
+  int64_t before = cost();
+  for (int a = 0; a < (wide ? 2 : 3); ++a) {
+    const GridAxis& axis = grid[a];
+    if (!axis.reads_padding() || axis.taps > Cut::most_taps || !Cut::all_taps_inside(axis))
+      continue;
+    cut[a].at_padding(axis);
+    const int64_t after = cost();
+    const int64_t parts = cut[0].count * cut[1].count * cut[2].count;
+    if (parts > most_parts || parts * terms > 1 << 17 ||
+        double(after) > (a == 2 ? 0.95 : 0.98) * double(before))
+      cut[a] = Cut(axis);
+    else
+      before = after;
+  }
+}
+
+// Writes the pixels of the grids: of one, or of the stride phases of one call. Returns false to
+// decline; `special` becomes true if an infinity or a NaN was written. With `may_cut`, products
+// with padding may be left out, which is exact unless a weight is not finite.
+template <class S>
+bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phases, bool may_cut,
+                     bool& special) {
   using K = Kind<S>;
   using T = typename K::T;
   using Size = TileSize<T, K::chains>;
   constexpr int L = Vec<T>::lanes;
   const int64_t all_taps = call.kernel[0] * call.kernel[1] * call.kernel[2];
-  const Reach reach[3] = {Reach(phase, phases, 0), Reach(phase, phases, 1),
-                          Reach(phase, phases, 2)};
-  const bool wide = has_vectors_of_pixels(call, phase[0].grid);
+  const bool wide = has_vectors_of_pixels(call, grid[0]);
   const int64_t lane_vecs = up(call.lanes, L);
-  const int64_t pixels = reach[0].count * reach[1].count * reach[2].count;
   int64_t terms = 0, most_taps = 0;
   for (int i = 0; i < phases; ++i) {
-    terms += call.image_channels * phase[i].taps();
-    most_taps = most(most_taps, phase[i].taps());
+    const int64_t taps = grid[i][0].taps * grid[i][1].taps * grid[i][2].taps;
+    terms += call.image_channels * taps;
+    most_taps = most(most_taps, taps);
   }
+  Cut cut[3] = {Cut(grid[0][0]), Cut(grid[0][1]), Cut(grid[0][2])};
+  if (may_cut && phases == 1) choose_cuts(call, grid[0], wide, cut);
+  const Reach reach[3] = {Reach(grid, phases, 0, cut[0].count > 1),
+                          Reach(grid, phases, 1, cut[1].count > 1),
+                          Reach(grid, phases, 2, cut[2].count > 1)};
+  const int64_t pixels = reach[0].count * reach[1].count * reach[2].count;
 
   // Cut the pixels into boxes of about rows_of_task, the lanes where that is not enough to share.
   const int64_t threads = thread_count();
@@ -280,7 +412,7 @@ bool multiply_images(const Images<S>& call, Phase* phase, int phases, bool& nan)
   for (int a = 0; a < 3; ++a) {
     const int64_t count = up(reach[a].count, part[a + 1]);
     box_rows *= a == 2 && wide ? up(count, L) : count;
-    patch_size[a] = reach[a].size(count);
+    patch_size[a] = reach[a].most_size(count);
   }
 
   // Does a row point into the image or into a patch? In place, the terms of a row should lie side
@@ -311,24 +443,67 @@ bool multiply_images(const Images<S>& call, Phase* phase, int phases, bool& nan)
 
   // The terms.
   const int64_t groups = up(call.image_channels * all_taps, K::group);
+  const int64_t parts = cut[0].count * cut[1].count * cut[2].count;
+  int64_t terms_of_parts = 0;
+  for (int64_t j = 0; j < parts; ++j) {
+    const Stretch* const s[3] = {&cut[0].stretch[j / cut[2].count / cut[1].count],
+                                 &cut[1].stretch[j / cut[2].count % cut[1].count],
+                                 &cut[2].stretch[j % cut[2].count]};
+    terms_of_parts += call.image_channels * s[0]->taps * s[1]->taps * s[2]->taps;
+  }
+  if (phases > 1) terms_of_parts = terms;
+  constexpr size_t rounding = Arena::bytes_for<char>(64);  // of one piece more
   Arena& plan = plan_arena();
-  plan.reset(phases * (Arena::bytes_for<int32_t>(groups + 1) +
-                       Arena::bytes_for<int32_t>(groups * K::chains)) +
-             2 * (Arena::bytes_for<int32_t>(terms) + phases * Arena::bytes_for<int32_t>(0)) +
+  plan.reset(Arena::bytes_for<Phase>(phases) + Arena::bytes_for<int32_t>(terms) +
+             Arena::bytes_for<Term>(terms_of_parts) +
+             phases * (Arena::bytes_for<Part>(parts) + rounding) +
+             phases * (parts + 1) *
+                 (Arena::bytes_for<int32_t>(groups + 1) + rounding +
+                  Arena::bytes_for<int32_t>(groups * K::chains)) +
+             Arena::bytes_for<int32_t>(call.image_channels * all_taps) +
              3 * Arena::bytes_for<int64_t>(most_taps));
-  int64_t* const tap_row = plan.take<int64_t>(most_taps);
-  int64_t* const tap_lane = plan.take<int64_t>(most_taps);
-  int64_t* const tap_number = plan.take<int64_t>(most_taps);
+  Phase* const phase = plan.take<Phase>(phases);
+  int32_t* const packed = plan.take<int32_t>(call.image_channels * all_taps);
+  Taps taps(plan, most_taps);
   int64_t first_shift[3] = {0, 0, 0};
   for (int a = 0; a < 3 && patched; ++a) first_shift[a] = reach[a].first_shift;
   for (int i = 0; i < phases; ++i) {
-    Terms& table = phase[i].terms;
-    table.groups = groups;
-    table.start = plan.take<int32_t>(groups + 1);
-    table.length = plan.take<int32_t>(groups * K::chains);
-    table.row = plan.take<int32_t>(call.image_channels * phase[i].taps());
-    table.lane = plan.take<int32_t>(call.image_channels * phase[i].taps());
-    fill_terms(call, phase[i], layout, first_shift, tap_row, tap_lane, tap_number);
+    Phase& p = phase[i];
+    for (int a = 0; a < 3; ++a) {
+      p.grid[a] = grid[i][a];
+      if (phases > 1) cut[a] = Cut(p.grid[a]);
+    }
+    const Cut whole[3] = {Cut(p.grid[0]), Cut(p.grid[1]), Cut(p.grid[2])};
+    taps.list(call, p.grid, {whole[0].stretch[0], whole[1].stretch[0], whole[2].stretch[0]},
+              first_shift, layout);
+    p.start = plan.take<int32_t>(groups + 1);
+    p.lane = plan.take<int32_t>(call.image_channels * taps.count);
+    int32_t* const length = plan.take<int32_t>(groups * K::chains);
+    each_term(call, taps, groups, p.start, length,
+              [&](int64_t t, int64_t channel, int64_t tap, int64_t number) {
+                p.lane[t] =
+                    static_cast<int32_t>(channel * call.channel_stride + taps.in_weight[tap]);
+                packed[number] = static_cast<int32_t>(t - p.start[number / K::group]);
+              });
+    p.parts = 0;
+    p.part = plan.take<Part>(parts);
+    for (int d = 0; d < cut[0].count; ++d)
+      for (int h = 0; h < cut[1].count; ++h)
+        for (int w = 0; w < cut[2].count; ++w) {
+          Part& part = p.part[p.parts++];
+          const Stretch* const s[3] = {&cut[0].stretch[d], &cut[1].stretch[h], &cut[2].stretch[w]};
+          for (int a = 0; a < 3; ++a) part.stretch[a] = *s[a];
+          taps.list(call, p.grid, part.stretch, first_shift, layout);
+          part.start = plan.take<int32_t>(groups + 1);
+          part.length = plan.take<int32_t>(groups * K::chains);
+          part.term = plan.take<Term>(call.image_channels * taps.count);
+          each_term(call, taps, groups, part.start, part.length,
+                    [&](int64_t t, int64_t channel, int64_t tap, int64_t number) {
+                      part.term[t] = {
+                          static_cast<int32_t>(channel * layout.channel + taps.in_image[tap]),
+                          packed[number]};
+                    });
+        }
   }
 
   int64_t row_step[3], hop[3];  // from pixel to pixel, in the image or the patch
@@ -356,14 +531,16 @@ bool multiply_images(const Images<S>& call, Phase* phase, int phases, bool& nan)
         arena.reset(Arena::bytes_for<T>(total_size) + Arena::bytes_for<T>(panel_size) +
                     Arena::bytes_for<T>(patch_elements) + Arena::bytes_for<T>(bias_size) +
                     Arena::bytes_for<const T*>(box_rows * phases) +
-                    Arena::bytes_for<int64_t>(box_rows * phases));
+                    Arena::bytes_for<int64_t>(box_rows * phases) +
+                    Arena::bytes_for<int64_t>(phases * parts));
         T* const totals = arena.take<T>(total_size);
         T* const panel = arena.take<T>(panel_size);
         T* const patch = arena.take<T>(patch_elements);
         T* const bias = arena.take<T>(bias_size);
-        const T** const all_rows = arena.take<const T*>(box_rows * phases);
-        int64_t* const all_positions = arena.take<int64_t>(box_rows * phases);
-        bool task_nan = false;
+        const T** const row = arena.take<const T*>(box_rows * phases);
+        int64_t* const position = arena.take<int64_t>(box_rows * phases);
+        int64_t* const rows_of = arena.take<int64_t>(phases * parts);
+        bool task_special = false;
 
         for (int64_t task = begin; task < end; ++task) {
           const int64_t box_index = task % boxes;
@@ -377,31 +554,36 @@ bool multiply_images(const Images<S>& call, Phase* phase, int phases, bool& nan)
             rest /= part[a];
           }
           const S* const image = call.image + group * call.image_channels * call.image_stride[1];
+          int64_t next = 0;
           Box box;
+          int64_t shift = 0;  // of a row's pointer, where the box begins later than its reads would
           for (int a = 0; a < 3; ++a) {
-            box.from[a] = lower[a + 1] * reach[a].step + reach[a].first_shift;
-            box.to[a] = (upper[a + 1] - 1) * reach[a].step + reach[a].last_shift + 1;
+            box.from[a] = reach[a].from(lower[a + 1]);
+            box.to[a] = most(reach[a].to(upper[a + 1]), box.from[a]);
+            shift += (lower[a + 1] * reach[a].step + reach[a].first_shift - box.from[a]) *
+                     layout.axis[a];
           }
 
-          // The rows of each phase, and where they will be stored.
-          int64_t rows_of[most_phases];
-          for (int i = 0; i < phases; ++i) {
-            const GridAxis(&grid)[3] = phase[i].grid;
-            int64_t limit[4];
-            for (int a = 1; a < 4; ++a) limit[a] = least(upper[a], grid[a - 1].count);
-            const T** const row = all_rows + i * box_rows;
-            int64_t* const position = all_positions + i * box_rows;
-            const int64_t width = limit[3] - lower[3];
-            int64_t rows = 0;
+          // The rows of each part of each phase, and where they will be stored.
+          for (int64_t i = 0; i < phases * parts; ++i) {
+            const GridAxis(&grid_of)[3] = phase[i / parts].grid;
+            const Part& part_of = phase[i / parts].part[i % parts];
+            int64_t from_pixel[3], to_pixel[3];
+            for (int a = 0; a < 3; ++a) {
+              from_pixel[a] = most(lower[a + 1], part_of.stretch[a].from);
+              to_pixel[a] = least(upper[a + 1], part_of.stretch[a].to);
+            }
+            if (i % parts == 0) next = i / parts * box_rows;
+            const int64_t first = next, width = to_pixel[2] - from_pixel[2];
             for (int64_t n = lower[0]; n < upper[0]; ++n)
-              for (int64_t d = lower[1]; d < limit[1]; ++d)
-                for (int64_t h = lower[2]; h < limit[2]; ++h) {
-                  const int64_t at[3] = {d, h, lower[3]};
+              for (int64_t d = from_pixel[0]; d < to_pixel[0]; ++d)
+                for (int64_t h = from_pixel[1]; h < to_pixel[1]; ++h) {
+                  const int64_t at[3] = {d, h, from_pixel[2]};
                   int64_t to = n * call.target_stride[0];
                   int64_t from =
-                      patched ? (n - lower[0]) * layout.elements : n * call.image_stride[0];
+                      patched ? (n - lower[0]) * layout.elements + shift : n * call.image_stride[0];
                   for (int a = 0; a < 3; ++a) {
-                    to += (grid[a].first + at[a] * grid[a].step) * call.target_stride[a + 2];
+                    to += (grid_of[a].first + at[a] * grid_of[a].step) * call.target_stride[a + 2];
                     from += (at[a] - (patched ? lower[a + 1] : 0)) * row_step[a];
                   }
                   const T* pointer = patched ? patch : reinterpret_cast<const T*>(image);
@@ -409,11 +591,11 @@ bool multiply_images(const Images<S>& call, Phase* phase, int phases, bool& nan)
                   for (int64_t w = 0; w < width; w += wide ? L : 1) {
                     // The last vector of a row that is not a multiple overlaps the one before.
                     if (wide && w + L > width) w = most(width - L, 0);
-                    row[rows] = pointer + w * row_step[2];
-                    position[rows++] = to + w * grid[2].step * call.target_stride[4];
+                    row[next] = pointer + w * row_step[2];
+                    position[next++] = to + w * grid_of[2].step * call.target_stride[4];
                   }
                 }
-            rows_of[i] = rows;
+            rows_of[i] = next - first;
           }
 
           const LaneBlock<T, K::chains> block(call.lanes, lane_block, lane_blocks);
@@ -428,8 +610,7 @@ bool multiply_images(const Images<S>& call, Phase* phase, int phases, bool& nan)
               if (first_channel + patch_channels >= call.image_channels) g1 = groups;
               g1 = least(g1, groups);
               const int64_t move = (first_channel - chunk_channel) * layout.channel;
-              for (int i = 0; i < phases; ++i)
-                for (int64_t r = 0; r < rows_of[i]; ++r) all_rows[i * box_rows + r] -= move;
+              for (int64_t r = 0; r < phases * box_rows; ++r) row[r] -= move;
               chunk_channel = first_channel;
             }
             if (patched) {
@@ -444,9 +625,9 @@ bool multiply_images(const Images<S>& call, Phase* phase, int phases, bool& nan)
                            channels);
             }
             for (int i = 0; i < phases; ++i) {
-              const int64_t rows = rows_of[i];
-              const T* const* const row = all_rows + i * box_rows;
-              const int64_t* const position = all_positions + i * box_rows;
+              const Phase& p = phase[i];
+              int64_t rows = 0;
+              for (int64_t j = 0; j < parts; ++j) rows += rows_of[i * parts + j];
               T* total = totals + (one_chunk ? 0 : i * totals_of_phase);
               for (int64_t j = 0; j < tiles && rows > 0; ++j) {
                 LaneTile tile;
@@ -459,22 +640,30 @@ bool multiply_images(const Images<S>& call, Phase* phase, int phases, bool& nan)
                 }
                 const int64_t channel = group * call.lanes + tile.first;
                 multiply_lanes(
-                    call, phase[i].terms,
+                    call, p,
                     call.weight + group * call.group_stride + tile.first * call.lane_stride, tile,
-                    g0, g1, wide, step, row, rows, panel, total);
+                    g0, g1, wide, step, row + i * box_rows, rows_of + i * parts, panel, total);
                 if (g1 == groups) {
                   for (int64_t l = 0; l < up(tile.lanes, L) * L; ++l)
                     bias[l] = call.bias && l < tile.lanes ? widened(call.bias[channel + l]) : T(0);
                   S* const to = call.target + channel * call.target_stride[1];
-                  if (wide)
-                    task_nan |= store_vectors<T, K::chains>(
-                        total, rows, tile.lanes, bias, to, position, call.target_stride[1],
-                        phase[i].grid[2].step * call.target_stride[4],
-                        static_cast<int>(
-                            least(least(upper[3], phase[i].grid[2].count) - lower[3], L)));
-                  else
-                    task_nan |= store_rows(total, rows, tile.vecs, tile.lanes, bias, to, position,
-                                           call.target_stride[1]);
+                  const int64_t* to_row = position + i * box_rows;
+                  if (wide) {
+                    const int64_t width = least(upper[3], p.grid[2].count) - lower[3];
+                    const T* from = total;
+                    for (int64_t k = 0; k < parts; ++k) {
+                      const int64_t some = rows_of[i * parts + k];
+                      task_special |= store_vectors<T, K::chains>(
+                          from, some, tile.lanes, bias, to, to_row, call.target_stride[1],
+                          p.grid[2].step * call.target_stride[4],
+                          static_cast<int>(least(width, L)));
+                      from += some * tile.lanes * L;
+                      to_row += some;
+                    }
+                  } else {
+                    task_special |= store_rows(total, rows, tile.vecs, tile.lanes, bias, to, to_row,
+                                               call.target_stride[1]);
+                  }
                 }
                 if (!one_chunk) total += rows * (wide ? tile.lanes : tile.vecs) * L;
               }
@@ -482,16 +671,9 @@ bool multiply_images(const Images<S>& call, Phase* phase, int phases, bool& nan)
             g0 = g1;
           }
         }
-        if (task_nan) __atomic_store_n(&nan, true, __ATOMIC_RELAXED);
+        if (task_special) __atomic_store_n(&special, true, __ATOMIC_RELAXED);
       });
   return true;
-}
-
-// The same for one grid.
-template <class S>
-bool multiply_images(const Images<S>& call, const GridAxis (&grid)[3], bool& nan) {
-  Phase phase{{grid[0], grid[1], grid[2]}, {}};
-  return multiply_images(call, &phase, 1, nan);
 }
 
 // Writes the bias, or +0, to every pixel of a grid: the result where no tap meets the image.
@@ -535,76 +717,6 @@ void store_bias(const Images<S>& call, const GridAxis (&grid)[3]) {
                          row[c * to_channel + w * to_pixel] = value[c];
                  }
                });
-}
-
-// ---- regions: parts of a grid in which every tap that is left reads inside of the image
-// ----------
-
-constexpr int64_t most_cut_taps = 7;  // on an axis that is cut
-
-// An axis cut where the set of taps that read inside of the image changes.
-struct Regions {
-  int count = 0;
-  GridAxis part[2 * most_cut_taps + 1];
-
-  explicit Regions(const GridAxis& axis) {
-    if (!axis.reads_padding()) {
-      part[count++] = axis;
-      return;
-    }
-    int64_t inside[most_cut_taps][2];  // [first, end) of each tap
-    for (int64_t i = 0; i < axis.taps; ++i) {
-      const int64_t shift = axis.shift(i);
-      inside[i][0] = least(up(most(-shift, 0), axis.image_step), axis.count);
-      inside[i][1] = least(up(most(axis.image_size - shift, 0), axis.image_step), axis.count);
-    }
-    for (int64_t from = 0, to; from < axis.count; from = to) {
-      to = axis.count;
-      GridAxis& region = part[count++];
-      region = axis;
-      region.first += from * axis.step;
-      region.taps = 0;
-      for (int64_t i = 0; i < axis.taps; ++i) {
-        for (const int64_t cut : inside[i])
-          if (cut > from) to = least(to, cut);
-        if (inside[i][0] > from || inside[i][1] <= from || region.taps++ > 0) continue;
-        region.first_tap = axis.tap(i);
-        region.first_shift = axis.shift(i) + from * axis.image_step;
-      }
-      region.count = to - from;
-    }
-  }
-};
-
-// Do regions pay? Where there are few, and much less to multiply.
-inline bool worth_cutting(const GridAxis (&grid)[3]) {
-  double share = 1;  // of the products
-  for (const GridAxis& axis : grid) {
-    if (!axis.reads_padding()) continue;
-    const bool slivers = axis.shift_step < 4 && axis.shift_step > -4;
-    if (slivers || axis.taps > most_cut_taps) return false;
-    const Regions regions(axis);
-    int64_t inside = 0;
-    for (int i = 0; i < regions.count; ++i) inside += regions.part[i].count * regions.part[i].taps;
-    share *= double(inside) / double(axis.count * axis.taps);
-  }
-  return share < 0.75;
-}
-
-// multiply_images without the products that read padding.
-template <class S>
-bool multiply_regions(const Images<S>& call, const GridAxis (&grid)[3], bool& nan) {
-  const Regions planes(grid[0]), rows(grid[1]), columns(grid[2]);
-  for (int d = 0; d < planes.count; ++d)
-    for (int h = 0; h < rows.count; ++h)
-      for (int w = 0; w < columns.count; ++w) {
-        const GridAxis part[3] = {planes.part[d], rows.part[h], columns.part[w]};
-        if (part[0].taps * part[1].taps * part[2].taps == 0)
-          store_bias(call, part);
-        else if (!multiply_images(call, part, nan))
-          return false;
-      }
-  return true;
 }
 
 }  // namespace torch_naiveconv::TNC_ISA

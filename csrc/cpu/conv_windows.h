@@ -130,14 +130,14 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
         arena.reset(Arena::bytes_for<T>(total_size) + Arena::bytes_for<T>(panel_size) +
                     Arena::bytes_for<T>(patch_size) + Arena::bytes_for<T>(block_vecs * L) +
                     Arena::bytes_for<const T*>(most_rows) + Arena::bytes_for<int64_t>(most_rows) +
-                    2 * Arena::bytes_for<int32_t>(table_size));
+                    Arena::bytes_for<Term>(table_size) + Arena::bytes_for<int32_t>(table_size));
         T* const totals = arena.take<T>(total_size);
         T* const panel = arena.take<T>(panel_size);
         T* const patch = arena.take<T>(patch_size);
         T* const no_bias = arena.take<T>(block_vecs * L);
         const T** const row = arena.take<const T*>(most_rows);
         int64_t* const position = arena.take<int64_t>(most_rows);
-        int32_t* const row_offset = arena.take<int32_t>(table_size);
+        Term* const term = arena.take<Term>(table_size);
         int32_t* const lane_offset = arena.take<int32_t>(table_size);
         zero_run(no_bias, block_vecs * L);
 
@@ -242,7 +242,8 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
                     const int64_t terms = least(K::group, last - first - group_of * K::group);
                     t += number / 2 - number + (number % 2 ? up(terms, 2) : 0);
                   }
-                  row_offset[t] = static_cast<int32_t>(from);
+                  term[t] = {static_cast<int32_t>(from),
+                             static_cast<int32_t>(t - group_of * K::group)};
                   lane_offset[t] = static_cast<int32_t>(of);
                 }
               }
@@ -260,8 +261,8 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
                   if (t + K::group < last - first)
                     prefetch_panel(tile.lanes, lanes, grad_stride[1], lane_offset + t + K::group,
                                    terms_of[t / K::group + 1]);
-                  multiply_rows<T, K::chains>(row, rows, row_offset + t, length, panel, tile.vecs,
-                                              total, resumed || n > 0 || first + t > 0);
+                  multiply_rows<T, K::chains>(row, rows, term + t, length, panel, tile.vecs, total,
+                                              resumed || n > 0 || first + t > 0);
                 }
                 total += rows * tile.vecs * L;
               }

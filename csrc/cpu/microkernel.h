@@ -5,9 +5,9 @@
 //
 // Rows are broadcast, lanes are vectors. One side is read in place: through a pointer each and one
 // offset per term that all of them share, so it may be anything that is laid out alike, such as the
-// window of a pixel. The other side is a panel, packed term after term. Mostly the rows are in
-// place and the panel holds lanes; in a Wide tile it is the other way round. The chains of a tile
-// stay in registers for the whole group.
+// window of a pixel. The other side is a panel, packed term after term; a tile may leave out some
+// of them. Mostly the rows are in place and the panel holds lanes; in a Wide tile it is the other
+// way round. The chains of a tile stay in registers for the whole group.
 #pragma once
 
 namespace torch_naiveconv::TNC_ISA {
@@ -30,20 +30,24 @@ struct TileSize {
   }
 };
 
+// Where a term is found: its offset from the pointers, and its number in the panel.
+struct Term {
+  int32_t in_place, packed;
+};
+
 // `tiles` of them, one below the other: their pointers follow in `in_place`, their rows in `total`,
 // whose Rows x Vecs vectors a tile begin from +0 unless `resume`. `length[c]` terms of chain c,
 // chain after chain. `last` is the last pointer of the whole work: what lies ahead is asked for
 // early.
 template <class T, int Chains, int Rows, int Vecs, bool Wide>
-void multiply_tiles(int64_t tiles, const T* const* in_place, const int32_t* offset,
+void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
                     const int32_t* length, const T* panel, T* total, bool resume,
                     const T* const* last) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
   constexpr int pointers = Wide ? Vecs : Rows;
   for (; tiles > 0; --tiles, in_place += pointers, total += Rows * Vecs * L) {
-    const int32_t* term = offset;
-    const T* packed = panel;
+    const Term* term = terms;
     const T* const ahead = last - in_place > 2 * pointers ? in_place[2 * pointers] : *last;
     const T* at[pointers];
     V chain[Chains][Rows][Vecs];
@@ -56,7 +60,8 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const int32_t* offs
 #pragma GCC unroll 8
         for (int j = 0; j < Vecs; ++j) chain[c][i][j] = V::zero();
       for (int32_t n = length[c]; n > 0; --n) {
-        const int64_t o = *term++;
+        const int64_t o = term->in_place;
+        const T* const packed = panel + term++->packed * int64_t{Wide ? Rows : Vecs * L};
         prefetch(ahead + o);
         if constexpr (Wide && Rows < Vecs) {
           V row[Rows];
@@ -79,7 +84,6 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const int32_t* offs
             for (int j = 0; j < Vecs; ++j) chain[c][i][j] = fma(row, lane[j], chain[c][i][j]);
           }
         }
-        packed += Wide ? Rows : Vecs * L;
       }
     }
 #pragma GCC unroll 16
@@ -95,7 +99,7 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const int32_t* offs
 }
 
 template <class T>
-using Tiles = void (*)(int64_t, const T* const*, const int32_t*, const int32_t*, const T*, T*, bool,
+using Tiles = void (*)(int64_t, const T* const*, const Term*, const int32_t*, const T*, T*, bool,
                        const T* const*);
 
 // The tile of `rows` x `vecs`, 1 <= rows <= TileSize::rows, 1 <= vecs <= TileSize::vecs.
@@ -131,15 +135,15 @@ TNC_INLINE Tiles<T> wide_tile_of(int rows, int64_t limit, int& vecs) {
 
 // total[r] += the group, for all rows; total has `vecs` vectors a row.
 template <class T, int Chains>
-void multiply_rows(const T* const* row, int64_t rows, const int32_t* offset, const int32_t* length,
+void multiply_rows(const T* const* row, int64_t rows, const Term* terms, const int32_t* length,
                    const T* panel, int vecs, T* total, bool resume) {
   constexpr int step = TileSize<T, Chains>::rows;
   const int64_t whole = rows / step * step;
   const T* const* const last = row + rows - 1;
-  tile_of<T, Chains>(step, vecs)(rows / step, row, offset, length, panel, total, resume, last);
+  tile_of<T, Chains>(step, vecs)(rows / step, row, terms, length, panel, total, resume, last);
   if (whole < rows)
     tile_of<T, Chains>(static_cast<int>(rows - whole), vecs)(
-        1, row + whole, offset, length, panel, total + whole * vecs * Vec<T>::lanes, resume, last);
+        1, row + whole, terms, length, panel, total + whole * vecs * Vec<T>::lanes, resume, last);
 }
 
 // The wide tiles of `rows` rows that cover `vectors` vectors: use(tile, first vector, number of
@@ -158,10 +162,10 @@ TNC_INLINE void each_wide_run(int rows, int64_t vectors, const Use& use) {
 // total += the group, for `vectors` vectors with a pointer each; the tile that begins at vector v
 // has its totals, rows x width, at v * rows vectors.
 template <class T, int Chains>
-void multiply_vectors(const T* const* vector, int64_t vectors, const int32_t* offset,
+void multiply_vectors(const T* const* vector, int64_t vectors, const Term* terms,
                       const int32_t* length, const T* panel, int rows, T* total, bool resume) {
   each_wide_run<T, Chains>(rows, vectors, [&](Tiles<T> tile, int64_t v, int64_t tiles, int) {
-    tile(tiles, vector + v, offset, length, panel, total + v * rows * Vec<T>::lanes, resume,
+    tile(tiles, vector + v, terms, length, panel, total + v * rows * Vec<T>::lanes, resume,
          vector + vectors - 1);
   });
 }

@@ -29,7 +29,7 @@ class Arena {
     }
   }
   template <class T>
-  static size_t bytes_for(int64_t count) {
+  static constexpr size_t bytes_for(int64_t count) {
     return (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
   }
   template <class T>
@@ -204,26 +204,33 @@ void prefetch_panel(int lanes, const S* src, int64_t lane_stride, const int32_t*
   }
 }
 
+// Infinite or NaN, as the vector class's compares have it.
+template <class V>
+TNC_INLINE auto is_special(V x) {
+  return is_nan(fma(x, V::zero(), V::zero()));
+}
+
 // dst[position[r] + j * lane_stride] = canonical(total[r][j] + bias[j]), rounded to D, for j <
-// lanes; bias has whole vectors. Says whether a NaN was among them.
+// lanes; bias has whole vectors. Says whether an infinity or a NaN was
+// among them.
 template <class D, class T>
 bool store_rows(const T* total, int64_t rows, int vecs, int lanes, const T* bias, D* dst,
                 const int64_t* position, int64_t lane_stride) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
   const int64_t pitch = int64_t{vecs} * L;
-  auto nan = is_nan(V::zero());
+  auto special = is_special(V::zero());
   if (lane_stride == 1) {
     for (int64_t r = 0; r < rows; ++r)
       for (int j = 0; j < lanes; j += L) {
         const V sum = V::load(total + r * pitch + j) + V::load(bias + j);
-        nan = V::either(nan, is_nan(sum));
+        special = V::either(special, is_special(sum));
         if (j + L <= lanes)
           canonical(sum).store(dst + position[r] + j);
         else
           canonical(sum).store(dst + position[r] + j, lanes - j);
       }
-    return V::any(nan);
+    return V::any(special);
   }
   for (int j = 0; j < lanes; j += L) {
     const V b = V::load(bias + j);
@@ -239,13 +246,13 @@ bool store_rows(const T* total, int64_t rows, int vecs, int lanes, const T* bias
 #pragma GCC unroll 16
           for (int i = 0; i < L; ++i) {
             const V sum = V::load(from + i * pitch) + b;
-            nan = V::either(nan, is_nan(sum));
+            special = V::either(special, is_special(sum));
             block[i] = canonical(sum);
           }
         } else {
           for (int i = 0; i < L; ++i) {
             const V sum = i < run ? V::load(from + i * pitch) + b : V::zero();
-            nan = V::either(nan, is_nan(sum));
+            special = V::either(special, is_special(sum));
             block[i] = canonical(sum);
           }
         }
@@ -260,14 +267,14 @@ bool store_rows(const T* total, int64_t rows, int vecs, int lanes, const T* bias
         }
       } else {
         const V sum = V::load(from) + b;
-        nan = V::either(nan, is_nan(sum));
+        special = V::either(special, is_special(sum));
         D row[L];
         canonical(sum).store(row);
         for (int i = 0; i < some; ++i) to[i * lane_stride] = row[i];
       }
     }
   }
-  return V::any(nan);
+  return V::any(special);
 }
 
 }  // namespace torch_naiveconv::TNC_ISA
