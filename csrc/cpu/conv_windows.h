@@ -107,6 +107,7 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
   block_channels = up(s.group_in(), channel_blocks);
   const int64_t most_rows = block_channels * taps;
   const int64_t patch_limit = patch_bytes / int64_t{sizeof(T)} / block_channels;
+  const int64_t in_place_limit = patch_limit;  // pixels that all tiles of lanes find in the cache
 
   const int64_t tasks = s.groups * lane_blocks * channel_blocks;
   parallel_for(
@@ -172,6 +173,8 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
             }
           }
 
+          int64_t terms_of[chunk_groups];
+          int64_t known_first = 0, known_last = 0;  // the chunk whose terms are listed
           for (int64_t n = 0; n < s.batch; ++n)
             for (int64_t first = 0; first < pixels;) {
               // A chunk: the groups whose windows fit into the patch.
@@ -180,7 +183,7 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
               while (last < pixels && last - first < table_size) {
                 const int64_t next = least(pixels, last + K::group);
                 const Bands more(s, first, next, INT64_MAX);
-                if (patched && more.elements() > patch_limit) break;
+                if (patched ? more.elements() > patch_limit : next - first > in_place_limit) break;
                 bands = more;
                 last = next;
               }
@@ -218,8 +221,11 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
                                            w * s.axis[2].dilation * layout.axis[2];
 
               // The terms: pixels in order, in 16-bit groups the even ones first.
-              int64_t terms_of[chunk_groups] = {};
-              for (int b = 0; b < bands.count; ++b) {
+              const bool known = first == known_first && last == known_last;
+              known_first = first;
+              known_last = last;
+              for (int64_t g = 0; g < chunk_groups && !known; ++g) terms_of[g] = 0;
+              for (int b = 0; b < bands.count && !known; ++b) {
                 const Bands::Band& band = bands.band[b];
                 int64_t at[3], rest = band.first;
                 for (int a = 2; a >= 0; --a) at[a] = rest % s.axis[a].out, rest /= s.axis[a].out;
