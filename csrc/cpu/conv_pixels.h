@@ -140,15 +140,19 @@ struct Images {
   int64_t kernel[3];
 };
 
-// Few channels would leave most of a vector empty: then rather have vectors of pixels. So would a
-// single vector of channels leave most registers.
+// Few channels would leave most of a vector empty: then rather have vectors of pixels. So would an
+// odd vector of channels leave registers: fewer than 8 chains wait for themselves.
 template <class S>
 bool has_vectors_of_pixels(const Images<S>& call, const GridAxis (&grid)[3]) {
+  using Size = TileSize<typename Kind<S>::T, Kind<S>::chains>;
   constexpr int L = Vec<typename Kind<S>::T>::lanes;
-  const int64_t vecs = up(call.lanes, L), pixels = grid[2].count;
-  const double channels_used = double(call.lanes) / double(vecs * L) * (vecs == 1 ? 0.6 : 1.0);
+  const int64_t vecs = up(call.lanes, L), tiles = up(vecs, Size::vecs), pixels = grid[2].count;
+  int64_t slots = 0;
+  for (int64_t i = 0; i < tiles; ++i)
+    slots += most(Size::rows * (cut_at(vecs, tiles, i + 1) - cut_at(vecs, tiles, i)), 8);
+  const double channels_used = double(call.lanes * Size::rows) / double(slots * L);
   const double pixels_used = double(pixels) / double(up(pixels, L) * L);
-  return grid[2].image_step == 1 && pixels_used > 1.25 * channels_used;
+  return grid[2].image_step == 1 && pixels_used > 1.1 * channels_used;
 }
 
 // What the patch of a box holds of an axis: what any of the phases reads, of which pixel j reads
