@@ -1195,3 +1195,7 @@ def implementations(function: str, device: str | torch.device = "cpu") -> tuple[
     if "unpool" in function:
         return ("naive",)
     return ops.rows("pool" if "pool" in function else "conv", torch.device(device).type)
+
+
+for _name in __all__:
+    torch.fx.wrap(_name)  # a traced model calls the function: the checks need a real tensor
