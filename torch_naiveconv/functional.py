@@ -124,6 +124,13 @@ def _check_numel(name: str, shape: Sequence[int]) -> None:
         raise ValueError(f"{name} would have the shape {tuple(shape)}: over 2**62 elements")
 
 
+NO_TORCHSCRIPT = (
+    "torch_naiveconv has no TorchScript, which torch itself has given up: use torch.export or "
+    "torch.compile, or turn the layers back into torch's with convert(model, back=True)"
+)
+_tracing = torch._C._is_tracing
+
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -442,6 +449,8 @@ def _conv(
     padding_mode: str,
     impl: str | None,
 ) -> Tensor:
+    if _tracing():
+        raise RuntimeError(NO_TORCHSCRIPT)
     if _any_autocast() and _autocast_enabled(input):
         input, weight, bias = _autocast(input, weight, bias)
     plain = _check_conv_tensors(dims, input, weight, bias, True)
@@ -582,6 +591,8 @@ def _conv_transpose(
     dilation: Size,
     impl: str | None,
 ) -> Tensor:
+    if _tracing():
+        raise RuntimeError(NO_TORCHSCRIPT)
     if _any_autocast() and _autocast_enabled(input):
         input, weight, bias = _autocast(input, weight, bias)
     _check_conv_tensors(dims, input, weight, bias, False)
@@ -849,6 +860,8 @@ def _max_pool(
     ties: str,
     impl: str | None,
 ) -> Any:
+    if _tracing():
+        raise RuntimeError(NO_TORCHSCRIPT)
     _check_tensor("input", input, (dims + 1, dims + 2), (*FLOATS, *INTEGERS, torch.bool))
     if ties not in TIES:
         raise ValueError(f"ties must be one of {', '.join(TIES)}, got {ties!r}")

@@ -42,6 +42,10 @@ class _Layer:
         if impl is not None:
             self.impl = impl
 
+    def __prepare_scriptable__(self) -> None:
+        """What torch.jit.script calls before all else."""
+        raise RuntimeError(F.NO_TORCHSCRIPT)
+
 
 class _Conv(_Layer):
     def __init__(self, *args: Any, impl: str | None = None, **kwargs: Any) -> None:
