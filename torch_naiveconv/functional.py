@@ -128,7 +128,7 @@ NO_TORCHSCRIPT = (
     "torch_naiveconv has no TorchScript, which torch itself has given up: use torch.export or "
     "torch.compile, or turn the layers back into torch's with convert(model, back=True)"
 )
-_tracing = torch._C._is_tracing
+_tracing = torch.jit.is_tracing
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
