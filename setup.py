@@ -7,6 +7,7 @@ LibTorch's stable ABI, so that one wheel serves every Python 3 and every torch f
 import os
 import platform
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -117,6 +118,8 @@ class Build(BuildExtension):
     """BuildExtension with plain library names, a bounded number of jobs, and incremental builds."""
 
     def __init__(self, *args, **kwargs):
+        # torch looks for ninja on PATH, which an environment used without activation is not on
+        os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
         super().__init__(*args, **kwargs, no_python_abi_suffix=True)
 
     def initialize_options(self):
@@ -124,6 +127,8 @@ class Build(BuildExtension):
         self.build_temp = str(HERE / "build" / "objects")  # fixed: an editable build finds it again
 
     def build_extensions(self):
+        if not self.use_ninja:  # torch would go on with one core, behind pip without a word
+            raise SystemExit("there is no ninja, which builds on all cores: pip install ninja")
         if "MAX_JOBS" not in os.environ:  # a kernel file takes up to 2 GB to compile
             gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / 2**30
             os.environ["MAX_JOBS"] = str(max(1, min(os.cpu_count() or 1, int(gigabytes / 2))))

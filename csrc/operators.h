@@ -52,31 +52,29 @@ Tensor channel_vector(const Tensor& t, const Tensor& like, int64_t length, Scala
 }
 
 Tensor conv(const Tensor& input_any, const Tensor& weight_any, std::optional<Tensor> bias,
-            const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
-            StringHandle impl_handle) {
+            const Ints& geometry_list, int64_t groups, StringHandle impl_handle) {
   const Name impl(impl_handle);
   check_alike(input_any, weight_any);
   const Tensor input = dense(input_any), weight = dense(weight_any);
-  const int64_t dims = spatial_dims(input), out_channels = weight.size(0);
+  const Geometry geometry(spatial_dims(input), geometry_list);
+  const int64_t out_channels = weight.size(0);
   ConvProblem problem =
       conv_problem(Direction::forward, input, input.size(0), input.size(1), out_channels, groups);
   STD_TORCH_CHECK(weight.size(1) == problem.shape.group_in(), "torch_naiveconv: weight has ",
                   weight.size(1), " channels, input has ", problem.shape.group_in(), " a group");
   Ints sizes{input.size(0), out_channels};
-  STD_TORCH_CHECK(static_cast<int64_t>(stride.size()) == dims &&
-                      static_cast<int64_t>(dilation.size()) == dims &&
-                      static_cast<int64_t>(padding.size()) == 2 * dims,
-                  "torch_naiveconv: stride, padding or dilation of the wrong length");
-  for (int64_t i = 0; i < dims; ++i) {
-    STD_TORCH_CHECK(in_range(stride[i], 1) && in_range(dilation[i], 1) &&
-                        in_range(padding[2 * i], 0) && in_range(padding[2 * i + 1], 0),
-                    "torch_naiveconv: sizes out of range on spatial axis ", i);
-    sizes.push_back(conv_output_size(input.size(2 + i), weight.size(2 + i), stride[i],
-                                     padding[2 * i], padding[2 * i + 1], dilation[i]));
+  for (int64_t i = 0; i < geometry.dims; ++i) {
+    const int64_t stride = geometry.stride[i], dilation = geometry.dilation[i];
+    const int64_t before = geometry.padding[2 * i], after = geometry.padding[2 * i + 1];
+    STD_TORCH_CHECK(
+        in_range(stride, 1) && in_range(dilation, 1) && in_range(before, 0) && in_range(after, 0),
+        "torch_naiveconv: sizes out of range on spatial axis ", i);
+    sizes.push_back(
+        conv_output_size(input.size(2 + i), weight.size(2 + i), stride, before, after, dilation));
   }
   Tensor output = new_tensor(input, sizes, is_channels_last(input));
-  lift(problem.shape.axis, input, input.sizes().data() + 2, sizes.data() + 2,
-       weight.sizes().data() + 2, stride, padding, dilation);
+  lift(problem.shape.axis, input.sizes().data() + 2, sizes.data() + 2, weight.sizes().data() + 2,
+       geometry);
   if (output.numel() == 0) return output;
   problem.input = view_of(input);
   problem.weight = view_of(weight);
@@ -90,12 +88,13 @@ Tensor conv(const Tensor& input_any, const Tensor& weight_any, std::optional<Ten
 }
 
 Tensor conv_grad_input(const Tensor& grad_any, const Tensor& weight_any, std::optional<Tensor> bias,
-                       const Ints& input_size, const Ints& stride, const Ints& padding,
-                       const Ints& dilation, int64_t groups, StringHandle impl_handle) {
+                       const Ints& input_size, const Ints& geometry_list, int64_t groups,
+                       StringHandle impl_handle) {
   const Name impl(impl_handle);
   check_alike(grad_any, weight_any);
   const Tensor grad_output = dense(grad_any), weight = dense(weight_any);
-  STD_TORCH_CHECK(static_cast<int64_t>(input_size.size()) == spatial_dims(grad_output),
+  const Geometry geometry(spatial_dims(grad_output), geometry_list);
+  STD_TORCH_CHECK(static_cast<int64_t>(input_size.size()) == geometry.dims,
                   "torch_naiveconv: input_size of the wrong length");
   const int64_t in_channels = weight.size(1) * groups;
   ConvProblem problem = conv_problem(Direction::grad_input, grad_output, grad_output.size(0),
@@ -104,8 +103,8 @@ Tensor conv_grad_input(const Tensor& grad_any, const Tensor& weight_any, std::op
                   grad_output.size(1), " channels, weight has ", weight.size(0), " filters");
   Ints sizes{grad_output.size(0), in_channels};
   sizes.insert(sizes.end(), input_size.begin(), input_size.end());
-  lift(problem.shape.axis, grad_output, sizes.data() + 2, grad_output.sizes().data() + 2,
-       weight.sizes().data() + 2, stride, padding, dilation);
+  lift(problem.shape.axis, sizes.data() + 2, grad_output.sizes().data() + 2,
+       weight.sizes().data() + 2, geometry);
   Tensor grad_input = new_tensor(grad_output, sizes, is_channels_last(grad_output));
   if (grad_input.numel() == 0) return grad_input;
   problem.input = view_of(grad_input);
@@ -120,21 +119,22 @@ Tensor conv_grad_input(const Tensor& grad_any, const Tensor& weight_any, std::op
 }
 
 Tensor conv_grad_weight(const Tensor& grad_any, const Tensor& input_any,
-                        std::optional<Tensor> total, const Ints& kernel_size, const Ints& stride,
-                        const Ints& padding, const Ints& dilation, int64_t groups,
-                        bool channels_last, StringHandle impl_handle) {
+                        std::optional<Tensor> total, const Ints& kernel_size,
+                        const Ints& geometry_list, int64_t groups, bool channels_last,
+                        StringHandle impl_handle) {
   const Name impl(impl_handle);
   check_alike(grad_any, input_any);
   const Tensor grad_output = dense(grad_any), input = dense(input_any);
-  STD_TORCH_CHECK(static_cast<int64_t>(kernel_size.size()) == spatial_dims(input),
+  const Geometry geometry(spatial_dims(input), geometry_list);
+  STD_TORCH_CHECK(static_cast<int64_t>(kernel_size.size()) == geometry.dims,
                   "torch_naiveconv: kernel_size of the wrong length");
   STD_TORCH_CHECK(grad_output.size(0) == input.size(0), "torch_naiveconv: batches differ");
   ConvProblem problem = conv_problem(Direction::grad_weight, input, input.size(0), input.size(1),
                                      grad_output.size(1), groups);
   Ints sizes{grad_output.size(1), problem.shape.group_in()};
   sizes.insert(sizes.end(), kernel_size.begin(), kernel_size.end());
-  lift(problem.shape.axis, input, input.sizes().data() + 2, grad_output.sizes().data() + 2,
-       sizes.data() + 2, stride, padding, dilation);
+  lift(problem.shape.axis, input.sizes().data() + 2, grad_output.sizes().data() + 2,
+       sizes.data() + 2, geometry);
   problem.keep_total = total.has_value();
   Tensor grad_weight =
       new_tensor(input, sizes, channels_last, total ? total_type(input) : input.scalar_type());
@@ -201,7 +201,8 @@ std::pair<IndexType, ScalarType> offset_type(int64_t taps) {
 PoolProblem pool_problem(PoolDirection direction, const Tensor& input_like, const Tensor* output,
                          const Ints& in, const Ints& out, const Ints& kernel, const Ints& stride,
                          const Ints& padding, const Ints& dilation) {
-  const size_t dims = static_cast<size_t>(spatial_dims(input_like));
+  const Geometry geometry(spatial_dims(input_like), stride, padding, dilation);
+  const size_t dims = static_cast<size_t>(geometry.dims);
   STD_TORCH_CHECK(in.size() == dims && out.size() == dims && kernel.size() == dims,
                   "torch_naiveconv: sizes of the wrong length");
   PoolProblem problem;
@@ -209,8 +210,7 @@ PoolProblem pool_problem(PoolDirection direction, const Tensor& input_like, cons
   problem.dtype = dtype_of(input_like);
   problem.shape.batch = input_like.size(0);
   problem.shape.channels = input_like.size(1);
-  lift(problem.shape.axis, input_like, in.data(), out.data(), kernel.data(), stride, padding,
-       dilation);
+  lift(problem.shape.axis, in.data(), out.data(), kernel.data(), geometry);
   if (output)
     STD_TORCH_CHECK(output->size(0) == input_like.size(0) && output->size(1) == input_like.size(1),
                     "torch_naiveconv: batch or channels differ");

@@ -55,23 +55,23 @@ std::string cpu_pool_rows() { return names_of(pool_rows, pool_row_count); }
 }  // namespace
 
 // `padding` lists hold a (before, after) pair for each spatial axis, the other lists one number.
-// A convolution's are int[], not SymInt[], since a tiny call feels the difference: 'same' padding
-// with a stride is then the one thing whose numbers compilers take as fixed.
+// A convolution's `geometry` is stride, padding and dilation end to end: a tiny call feels each
+// list, and that it is int[], not SymInt[]. So 'same' padding with a stride is the one thing whose
+// numbers compilers take as fixed.
 // `impl` is "auto" or the name of the first table row that may take the call.
 STABLE_TORCH_LIBRARY(torch_naiveconv, m) {
   m.def(
-      "conv(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, "
-      "int[] dilation, SymInt groups, str impl) -> Tensor");
+      "conv(Tensor input, Tensor weight, Tensor? bias, int[] geometry, SymInt groups, "
+      "str impl) -> Tensor");
   // bias: that of the transposed convolution, which is this map.
   m.def(
       "conv_grad_input(Tensor grad_output, Tensor weight, Tensor? bias, SymInt[] input_size, "
-      "int[] stride, int[] padding, int[] dilation, SymInt groups, str impl) -> Tensor");
+      "int[] geometry, SymInt groups, str impl) -> Tensor");
   // total: where the sum goes on from; with it the result is the total itself, not rounded to a
   // 16-bit type. channels_last: the memory format of the result.
   m.def(
       "conv_grad_weight(Tensor grad_output, Tensor input, Tensor? total, SymInt[] kernel_size, "
-      "int[] stride, int[] padding, int[] dilation, SymInt groups, bool channels_last, "
-      "str impl) -> Tensor");
+      "int[] geometry, SymInt groups, bool channels_last, str impl) -> Tensor");
   m.def("conv_grad_bias(Tensor grad_output, Tensor? total, str impl) -> Tensor");
   // indices: "none" (the second result is empty), "offset" (inside the window, smallest type) or
   // "flat" (int64 position in the input plane).

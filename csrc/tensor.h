@@ -173,24 +173,39 @@ inline bool in_range(int64_t value, int64_t least) {
   return value >= least && value <= (int64_t{1} << 48);
 }
 
-// Axes from the sizes of the tensors themselves: whatever the lists say, a position outside of
-// them is padding and is never read. `padding` holds (before, after) pairs.
-inline void lift(Axis (&axes)[3], const Tensor& input_like, const int64_t* in, const int64_t* out,
-                 const int64_t* kernel, const Ints& stride, const Ints& padding,
-                 const Ints& dilation) {
-  const int64_t dims = spatial_dims(input_like);
-  const size_t count = static_cast<size_t>(dims);
-  STD_TORCH_CHECK(stride.size() == count && dilation.size() == count && padding.size() == 2 * count,
-                  "torch_naiveconv: expected ", dims, " strides and dilations, ", 2 * dims,
-                  " paddings");
+// How a window moves: a stride, a (before, after) pair of padding and a dilation for each axis.
+struct Geometry {
+  int64_t dims;
+  const int64_t *stride, *padding, *dilation;
+
+  Geometry(int64_t dims, const Ints& stride, const Ints& padding, const Ints& dilation)
+      : dims(dims), stride(stride.data()), padding(padding.data()), dilation(dilation.data()) {
+    const size_t count = static_cast<size_t>(dims);
+    STD_TORCH_CHECK(
+        stride.size() == count && dilation.size() == count && padding.size() == 2 * count,
+        "torch_naiveconv: expected ", dims, " strides and dilations, ", 2 * dims, " paddings");
+  }
+  // From one list: the three end to end.
+  Geometry(int64_t dims, const Ints& all)
+      : dims(dims), stride(all.data()), padding(stride + dims), dilation(stride + 3 * dims) {
+    STD_TORCH_CHECK(all.size() == static_cast<size_t>(4 * dims), "torch_naiveconv: expected ",
+                    4 * dims, " numbers: strides, paddings and dilations");
+  }
+};
+
+// Axes from the sizes of the tensors themselves: whatever the geometry says, a position outside of
+// them is padding and is never read.
+inline void lift(Axis (&axes)[3], const int64_t* in, const int64_t* out, const int64_t* kernel,
+                 const Geometry& geometry) {
+  const int64_t dims = geometry.dims;
   for (int64_t i = 0; i < dims; ++i) {
     Axis& axis = axes[3 - dims + i];
     axis.in = in[i];
     axis.out = out[i];
     axis.kernel = kernel[i];
-    axis.stride = stride[i];
-    axis.dilation = dilation[i];
-    axis.pad = padding[2 * i];
+    axis.stride = geometry.stride[i];
+    axis.dilation = geometry.dilation[i];
+    axis.pad = geometry.padding[2 * i];
     STD_TORCH_CHECK(in_range(axis.in, 0) && in_range(axis.out, 0) && in_range(axis.kernel, 0) &&
                         in_range(axis.stride, 1) && in_range(axis.dilation, 1) &&
                         in_range(axis.pad, 0) && axis.kernel <= INT64_MAX / 4 / axis.dilation &&

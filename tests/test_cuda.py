@@ -99,7 +99,7 @@ def test_tensors_of_two_devices_are_refused():
     with pytest.raises((RuntimeError, ValueError)):
         F.conv2d(x, w.cpu())
     with pytest.raises(RuntimeError, match="different devices"):
-        ops.conv(x, w.cpu(), None, [1, 1], [0] * 4, [1, 1], 1, "auto")
+        ops.conv(x, w.cpu(), None, [1, 1, 0, 0, 0, 0, 1, 1], 1, "auto")
 
 
 @needs_gpu

@@ -79,13 +79,13 @@ def test_a_package_that_cannot_be_imported(expected, tmp_path):
     shutil.copytree(Path(torch_naiveconv.__file__).parent, package)
     BROKEN[expected](package)
     run = subprocess.run(
-        [sys.executable, "-m", "torch_naiveconv", "doctor"],
+        [sys.executable, "-m", "torch_naiveconv", "doctor", "--json"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert run.returncode == 1
+    assert run.returncode == 1 and run.stdout == ""
     last = run.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError") and expected in last

@@ -1,4 +1,4 @@
-"""Determinism switches, FLOP counts, profiler names, DataLoader workers, threads."""
+"""Determinism switches, FLOP counts, profiler names, DataLoader workers, threads, torch.fx."""
 
 import threading
 
@@ -152,6 +152,28 @@ def test_convert_parametrized_layers():
     again = parametrizations.weight_norm(layer)
     assert not isinstance(tn.convert(again, back=True), tn.Conv1d)
     torch.testing.assert_close(again(x), expected)
+
+
+def small_model():
+    return torch.nn.Sequential(
+        tn.Conv2d(2, 3, 3, padding="same"), tn.MaxPool2d(2), tn.ConvTranspose2d(3, 2, 2)
+    )
+
+
+def test_fx_symbolic_trace():
+    model, x = small_model(), torch.randn(1, 2, 8, 8)
+    traced = torch.fx.symbolic_trace(model)
+    called = {node.target for node in traced.graph.nodes if node.op == "call_function"}
+    assert {F.conv2d, F.max_pool2d, F.conv_transpose2d} <= called
+    assert torch.equal(traced(x), model(x))
+
+
+def test_torchscript_is_refused():
+    with pytest.raises(RuntimeError, match=r"use torch\.export"):
+        torch.jit.script(small_model())
+    for layer in small_model():
+        with pytest.raises(RuntimeError, match=r"use torch\.export"):
+            torch.jit.trace(layer, torch.randn(1, layer.__dict__.get("in_channels", 1), 8, 8))
 
 
 def test_convert_lazy_layers():

@@ -118,18 +118,19 @@ def test_hand_made_operator_calls_do_not_read_out_of_bounds():
 
     x, w = torch.ones(1, 2, 4, 4), torch.ones(3, 2, 3, 3)
     for arguments in [
-        ([0, 1], [0] * 4, [1, 1], 1),
-        ([1, 1], [0] * 3, [1, 1], 1),
-        ([1, 1], [-1] * 4, [1, 1], 1),
-        ([1, 1], [0] * 4, [1, 1], 0),
-        ([1, 1], [0] * 4, [1, 1], 2),
-        ([1], [0] * 4, [1, 1], 1),
-        ([2**60, 1], [0] * 4, [1, 1], 1),
+        ([0, 1, 0, 0, 0, 0, 1, 1], 1),
+        ([1, 1, -1, -1, -1, -1, 1, 1], 1),
+        ([1, 1, 0, 0, 0, 0, 1, 1], 0),
+        ([1, 1, 0, 0, 0, 0, 1, 1], 2),
+        ([1, 1, 0, 0, 0, 0, 1], 1),
+        ([1, 1, 0, 0, 0, 0, 1, 1, 1], 1),
+        ([], 1),
+        ([2**60, 1, 0, 0, 0, 0, 1, 1], 1),
     ]:
         with pytest.raises(RuntimeError):
             ops.conv(x, w, None, *arguments, "auto")
     grad = ops.conv_grad_input(
-        torch.ones(1, 3, 50, 50), w, None, [4, 4], [1, 1], [0] * 4, [1, 1], 1, "auto"
+        torch.ones(1, 3, 50, 50), w, None, [4, 4], [1, 1, 0, 0, 0, 0, 1, 1], 1, "auto"
     )
     assert grad.shape == x.shape and bool(grad.isfinite().all())
     for index in (torch.full((1, 2, 2, 2), 200, dtype=torch.uint8), torch.full((1, 2, 2, 2), 999)):
@@ -141,7 +142,7 @@ def test_hand_made_operator_calls_do_not_read_out_of_bounds():
             gathered, index, [4, 4], [2, 2], [2, 2], [0] * 4, [1, 1], "first", "auto"
         )
     with pytest.raises(RuntimeError, match="no CPU implementation called 'nope'"):
-        ops.conv(x, w, None, [1, 1], [0] * 4, [1, 1], 1, "nope")
+        ops.conv(x, w, None, [1, 1, 0, 0, 0, 0, 1, 1], 1, "nope")
 
 
 def test_indices_that_a_gradient_needs():

@@ -166,7 +166,7 @@ def test_a_direct_call_of_the_operator_keeps_its_tangent():
     """What the graph of an exported program does."""
 
     def raw(w):
-        return torch.ops.torch_naiveconv.conv(X, w, None, [1, 1], [0] * 4, [1, 1], 1, "auto")
+        return torch.ops.torch_naiveconv.conv(X, w, None, [1, 1, 0, 0, 0, 0, 1, 1], 1, "auto")
 
     for transform in (TRANSFORMS["jvp"], TRANSFORMS["hessian"], TRANSFORMS["jacfwd"]):
         torch.testing.assert_close(transform(raw, W), transform(lambda w: TF.conv2d(X, w), W))

@@ -15,7 +15,7 @@ def t(*shape, channels_last=False):
     return x.requires_grad_()
 
 
-CONV = ([2, 1], [1, 0, 1, 1], [1, 2])  # stride, padding pairs, dilation
+CONV = [2, 1, 1, 0, 1, 1, 1, 2]  # stride, padding pairs, dilation
 POOL = ([2, 3], [2, 1], [1, 0, 1, 1], [1, 1])  # kernel_size first
 POOLED = [4, 7]  # of a 7 x 7 image
 X, W, B, Y = t(2, 4, 7, 7), t(6, 2, 3, 2), t(6), t(2, 6, 3, 7)
@@ -25,14 +25,14 @@ OFFSET = OPS.max_pool(X.detach(), *POOL, POOLED, "first", "offset", "auto")[1]
 FLAT = OPS.max_pool(X.detach(), *POOL, POOLED, "first", "flat", "auto")[1]
 
 CASES = {
-    "conv": (X, W, B, *CONV, 2, "auto"),
-    "conv, channels_last": (CL, W, None, *CONV, 2, "auto"),
-    "conv, 1-D": (t(2, 4, 9), t(6, 4, 3), None, [2], [1, 1], [1], 1, "naive"),
-    "conv, 3-D": (t(1, 2, 4, 4, 4), t(2, 2, 2, 2, 2), None, [1] * 3, [0] * 6, [1] * 3, 1, "auto"),
-    "conv_grad_input": (Y, W, t(4), [7, 7], *CONV, 2, "auto"),
-    "conv_grad_weight": (Y, X, None, [3, 2], *CONV, 2, False, "auto"),
-    "conv_grad_weight, channels_last": (Y, X, None, [3, 2], *CONV, 2, True, "auto"),
-    "conv_grad_weight, resumed": (Y, X, t(6, 2, 3, 2), [3, 2], *CONV, 2, False, "auto"),
+    "conv": (X, W, B, CONV, 2, "auto"),
+    "conv, channels_last": (CL, W, None, CONV, 2, "auto"),
+    "conv, 1-D": (t(2, 4, 9), t(6, 4, 3), None, [2, 1, 1, 1], 1, "naive"),
+    "conv, 3-D": (t(1, 2, 4, 4, 4), t(2, 2, 2, 2, 2), None, [1] * 3 + [0] * 6 + [1] * 3, 1, "auto"),
+    "conv_grad_input": (Y, W, t(4), [7, 7], CONV, 2, "auto"),
+    "conv_grad_weight": (Y, X, None, [3, 2], CONV, 2, False, "auto"),
+    "conv_grad_weight, channels_last": (Y, X, None, [3, 2], CONV, 2, True, "auto"),
+    "conv_grad_weight, resumed": (Y, X, t(6, 2, 3, 2), [3, 2], CONV, 2, False, "auto"),
     "conv_grad_bias": (Y, None, "auto"),
     "max_pool": (X, *POOL, POOLED, "first", "offset", "auto"),
     "max_pool, flat": (CL, *POOL, POOLED, "last", "flat", "auto"),

@@ -80,6 +80,16 @@ ROWS = [
     ("Threads that call at once", "yes", "test_ecosystem.py::test_many_threads_at_once"),
     ("Meta tensors, tensor subclasses", "yes", "test_ecosystem.py::test_meta_tensors"),
     (
+        "`torch.fx.symbolic_trace`",
+        "the functions are leaves",
+        "test_ecosystem.py::test_fx_symbolic_trace",
+    ),
+    (
+        "TorchScript",
+        "refused, with what to do",
+        "test_ecosystem.py::test_torchscript_is_refused",
+    ),
+    (
         "`convert` with `weight_norm` and lazy layers",
         "yes",
         "test_ecosystem.py::test_convert_parametrized_layers",
@@ -93,6 +103,11 @@ ROWS = [
         "The wheel on torch 2.14.1 and 2.15.0",
         "all of `tools/check_wheel.py`; CI runs it on 2.13.0 and pip's newest",
         "test_wheel.py::test_wheels",
+    ),
+    (
+        "A build without ninja or without nvcc",
+        "one line that says what to do; CI builds with and without isolation, editable, with uv",
+        "test_wheel.py::test_build_without_ninja",
     ),
     (
         "A broken install",

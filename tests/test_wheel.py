@@ -1,4 +1,4 @@
-"""One wheel for all: the audit of the built libraries, that the audit can fail, and the tag."""
+"""One wheel for all: the audit of the built libraries, that it can fail, the tag, and setup.py."""
 
 import importlib.util
 import shutil
@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
 
 from torch_naiveconv import ops
 
@@ -20,6 +21,7 @@ def load(path):
 
 
 audit = load(ROOT / "tools" / "audit_wheel.py")
+setup = load(ROOT / "setup.py")
 needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
 
 
@@ -57,3 +59,19 @@ def test_wheels(tmp_path):
     assert audit.main([str(good)]) == 0
     assert audit.main([str(bad)]) == 1
     assert audit.main([str(empty)]) == 1
+
+
+def test_build_without_ninja():
+    build = setup.Build(setuptools.Distribution())
+    build.use_ninja = False  # what torch sets where it finds none
+    with pytest.raises(SystemExit, match="pip install ninja"):
+        build.build_extensions()
+
+
+def test_build_without_nvcc(monkeypatch):
+    monkeypatch.setattr(setup, "cuda_home", lambda: None)
+    monkeypatch.setenv("FORCE_CUDA", "0")
+    assert setup.cuda_library() is None
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    with pytest.raises(SystemExit, match="set CUDA_HOME"):
+        setup.cuda_library()

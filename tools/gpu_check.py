@@ -190,7 +190,7 @@ def conv_layer(layer: tuple[Any, ...]) -> list[dict[str, Any]]:
     x = torch.randn(BATCH, channels, *spatial, device="cuda")
     w = torch.randn(filters, channels // groups, *(k,) * dims, device="cuda")
     lists = [s] * dims, [p] * dims, [d] * dims
-    ours = [s] * dims, [p] * (2 * dims), [d] * dims, groups
+    ours = [s] * dims + [p] * (2 * dims) + [d] * dims, groups
     g = torch.randn_like(torch.convolution(x, w, None, *lists, False, [0] * dims, groups))
     flops = 2 * g.numel() * (channels // groups) * k**dims
 

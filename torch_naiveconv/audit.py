@@ -117,6 +117,10 @@ Element = Callable[[Position], Tensor]
 Result = tuple[Sequence[int], torch.dtype, Element]
 
 
+# The geometry of a window that stands still, by the number of spatial axes.
+ONES = [[1] * dims + [0] * (2 * dims) + [1] * dims for dims in range(4)]
+
+
 def _window(
     image: Tensor, start: Sequence[int], count: Sequence[int], step: Sequence[int]
 ) -> Tensor:
@@ -131,9 +135,8 @@ def _window(
 
 
 def _conv_arguments(given: Mapping[str, Any], input: Sequence[int], weight: Sequence[int]) -> Any:
-    dims = len(input) - 2
-    stride, padding, dilation = F._conv_geometry(
-        dims,
+    geometry = F._conv_geometry(
+        len(input) - 2,
         torch.Size(input),
         torch.Size(weight),
         given["stride"],
@@ -141,18 +144,8 @@ def _conv_arguments(given: Mapping[str, Any], input: Sequence[int], weight: Sequ
         given["dilation"],
         given["groups"],
     )
-    out = [
-        ops.conv_output_size(
-            input[2 + i],
-            weight[2 + i],
-            stride[i],
-            padding[2 * i],
-            padding[2 * i + 1],
-            dilation[i],
-        )
-        for i in range(dims)
-    ]
-    return stride, padding[::2], dilation, out
+    stride, padding, dilation = ops.split(geometry)
+    return stride, padding[::2], dilation, ops.conv_output_sizes(input[2:], weight[2:], geometry)
 
 
 def _conv(given: Mapping[str, Any]) -> Result:
@@ -166,8 +159,7 @@ def _conv(given: Mapping[str, Any]) -> Result:
         c = k // per_group * w.shape[1]
         image = _window(x[n : n + 1, c : c + w.shape[1]], start, w.shape[2:], dilation)
         own = None if bias is None else bias[k : k + 1]
-        ones, zeros = [1] * dims, [0] * (2 * dims)
-        return ops.conv(image, w[k : k + 1], own, ones, zeros, ones, 1, "naive")
+        return ops.conv(image, w[k : k + 1], own, ONES[dims], 1, "naive")
 
     return [x.shape[0], w.shape[0], *out], x.dtype, element
 
@@ -195,7 +187,7 @@ def _input_gradient(
         weight = w[filters, channel : channel + 1]
         own = None if bias is None else bias[c : c + 1]
         return ops.conv_grad_input(
-            mine, weight, own, [1] * dims, stride, pads, dilation, 1, "naive"
+            mine, weight, own, [1] * dims, [*stride, *pads, *dilation], 1, "naive"
         )
 
     return [grad.shape[0], w.shape[1] * groups, *size], grad.dtype, element
@@ -205,7 +197,7 @@ def _no_terms(w: Tensor, bias: Tensor | None, channel: int) -> Tensor:
     """A sum without terms: the bias alone."""
     zero = torch.zeros(1, 1, 1, dtype=w.dtype)
     own = None if bias is None else bias[channel : channel + 1]
-    return ops.conv(zero, zero, own, [1], [0, 0], [1], 1, "naive")
+    return ops.conv(zero, zero, own, ONES[1], 1, "naive")
 
 
 def _conv_grad_input(given: Mapping[str, Any]) -> Result:
@@ -216,7 +208,7 @@ def _conv_grad_input(given: Mapping[str, Any]) -> Result:
 
 def _conv_transpose(given: Mapping[str, Any]) -> Result:
     grad, w, groups = given["input"], given["weight"], given["groups"]
-    size, stride, padding, dilation = F._transposed_geometry(
+    size, geometry = F._transposed_geometry(
         grad.dim() - 2,
         grad.shape,
         w.shape,
@@ -226,6 +218,7 @@ def _conv_transpose(given: Mapping[str, Any]) -> Result:
         groups,
         given["dilation"],
     )
+    stride, padding, dilation = ops.split(geometry)
     return _input_gradient(grad, w, given["bias"], size, (stride, padding[::2], dilation), groups)
 
 
@@ -241,9 +234,8 @@ def _conv_grad_weight(given: Mapping[str, Any]) -> Result:
         start = [tap[i] * dilation[i] - pad[i] for i in range(dims)]
         image = _window(x[:, c : c + 1], start, out, stride)
         own = None if total is None else total[at].reshape([1] * total.dim())
-        ones, zeros = [1] * dims, [0] * (2 * dims)
         return ops.conv_grad_weight(
-            grad[:, k : k + 1], image, own, ones, ones, zeros, ones, 1, False, "naive"
+            grad[:, k : k + 1], image, own, [1] * dims, ONES[dims], 1, False, "naive"
         )
 
     return size, x.dtype if total is None else total.dtype, element

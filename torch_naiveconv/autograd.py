@@ -174,18 +174,20 @@ class Conv(_Rules):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         input, weight, bias = ctx.saved_tensors
-        *geometry, impl = ctx.arguments
+        geometry, groups, impl = ctx.arguments
         needs = ctx.needs_input_grad
         grad_input = grad_weight = grad_bias = None
         if needs[0]:
-            grad_input = conv_grad_input(grad, weight, None, list(input.shape[2:]), *geometry, impl)
+            size = list(input.shape[2:])
+            grad_input = conv_grad_input(grad, weight, None, size, geometry, groups, impl)
         if needs[1]:
             grad_weight = conv_grad_weight(
                 grad,
                 input,
                 None,
                 list(weight.shape[2:]),
-                *geometry,
+                geometry,
+                groups,
                 ops.is_channels_last(weight),
                 impl,
             )
@@ -236,18 +238,19 @@ class ConvGradInput(_Rules):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         grad_output, weight, bias = ctx.saved_tensors
-        _input_size, *geometry, impl = ctx.arguments
+        _input_size, geometry, groups, impl = ctx.arguments
         needs = ctx.needs_input_grad
         d_grad_output = d_weight = d_bias = None
         if needs[0]:
-            d_grad_output = _conv_like(grad_output, grad, weight, geometry, impl)
+            d_grad_output = _conv_like(grad_output, grad, weight, geometry, groups, impl)
         if needs[1]:
             d_weight = conv_grad_weight(
                 grad_output,
                 grad,
                 None,
                 list(weight.shape[2:]),
-                *geometry,
+                geometry,
+                groups,
                 ops.is_channels_last(weight),
                 impl,
             )
@@ -295,14 +298,14 @@ class ConvGradInput(_Rules):
 
 
 def _conv_like(
-    grad_output: Tensor, input: Tensor, weight: Tensor, geometry: Any, impl: str
+    grad_output: Tensor, input: Tensor, weight: Tensor, geometry: Ints, groups: int, impl: str
 ) -> Tensor:
     """conv(input, weight) with the output size of `grad_output`, whatever output_padding was.
 
     Behind the last window the input of a transposed convolution's gradient may have a rest; one as
     long as a stride would make the forward formula count another window, so it is cut off.
     """
-    stride, padding, dilation, groups = geometry
+    stride, padding, dilation = ops.split(geometry)
     padding = list(padding)
     for i in range(input.dim() - 2):
         window = dilation[i] * (weight.shape[2 + i] - 1) + 1
@@ -311,7 +314,7 @@ def _conv_like(
         if rest >= stride[i]:
             input = input.narrow(2 + i, 0, reach)
         padding[2 * i + 1] = max(-rest, 0)
-    return conv(input, weight, None, stride, padding, dilation, groups, impl)
+    return conv(input, weight, None, [*stride, *padding, *dilation], groups, impl)
 
 
 @_Rules.register
@@ -322,15 +325,15 @@ class ConvGradWeight(_Rules):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         grad_output, input, total = ctx.saved_tensors
-        _kernel_size, *geometry, _channels_last, impl = ctx.arguments
+        _kernel_size, geometry, groups, _channels_last, impl = ctx.arguments
         needs = ctx.needs_input_grad
         d_grad_output = d_input = None
         weight = grad.to(input.dtype)
         if needs[0]:
-            d_grad_output = _conv_like(grad_output, input, weight, geometry, impl)
+            d_grad_output = _conv_like(grad_output, input, weight, geometry, groups, impl)
         if needs[1]:
             d_input = conv_grad_input(
-                grad_output, weight, None, list(input.shape[2:]), *geometry, impl
+                grad_output, weight, None, list(input.shape[2:]), geometry, groups, impl
             )
         return ConvGradWeight.pad(
             ctx, d_grad_output, d_input, grad if total is not None and needs[2] else None

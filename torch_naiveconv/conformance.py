@@ -210,7 +210,7 @@ def _outputs(case: Case, impl: str, device: str, channels_last: bool) -> tuple[T
         # `values` has the input's shape, but is another tensor
         values = make(OUTPUT, input_size)
         return (ops.max_pool_gather(values, index, case.out, *window, case.ties, impl),)
-    geometry = (case.stride, before_after, case.dilation, case.groups, impl)
+    geometry = ([*case.stride, *before_after, *case.dilation], case.groups, impl)
     weight_size = [case.out_channels, case.in_channels // case.groups, *case.kernel]
     total_dtype = str(ops.total_dtype(getattr(torch, case.dtype))).removeprefix("torch.")
     if case.direction == "forward":

@@ -124,6 +124,13 @@ def _check_numel(name: str, shape: Sequence[int]) -> None:
         raise ValueError(f"{name} would have the shape {tuple(shape)}: over 2**62 elements")
 
 
+NO_TORCHSCRIPT = (
+    "torch_naiveconv has no TorchScript, which torch itself has given up: use torch.export or "
+    "torch.compile, or turn the layers back into torch's with convert(model, back=True)"
+)
+_tracing = torch.jit.is_tracing
+
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -153,8 +160,8 @@ def _conv_geometry(
     padding: Any,
     dilation: Any,
     groups: Any,
-) -> tuple[list[int], list[int], list[int]]:
-    """Checked (stride, padding pairs, dilation) of a batched convolution."""
+) -> list[int]:
+    """The checked geometry of a batched convolution: stride, padding pairs, dilation."""
     if not _integer(groups):
         raise TypeError(f"groups must be an int, got {groups!r}")
     if groups < 1:
@@ -189,7 +196,7 @@ def _conv_geometry(
             )
         out.append(size)
     _check_numel("output", out)
-    return stride, padding, dilation
+    return [*stride, *padding, *dilation]
 
 
 @_remembered
@@ -202,8 +209,8 @@ def _transposed_geometry(
     output_padding: Any,
     groups: Any,
     dilation: Any,
-) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Checked (output size, stride, padding pairs, dilation) of a transposed convolution."""
+) -> tuple[list[int], list[int]]:
+    """Checked (output size, geometry) of a transposed convolution."""
     if not _integer(groups):
         raise TypeError(f"groups must be an int, got {groups!r}")
     if groups < 1:
@@ -249,7 +256,7 @@ def _transposed_geometry(
             )
         sizes.append(size)
     _check_numel("output", [input[0], weight[1] * groups, *sizes])
-    return sizes, stride, padding, dilation
+    return sizes, [*stride, *padding, *dilation]
 
 
 @_remembered
@@ -377,16 +384,14 @@ def _row(kind: str, impl: str | None, device: torch.device) -> str:
     return impl
 
 
-_is_autocast_enabled = torch.is_autocast_enabled
+_any_autocast = torch._C._is_any_autocast_enabled  # the quick way out
 
 
 def _autocast_enabled(t: Any) -> bool:
     if not isinstance(t, Tensor):
         return False
-    if t.is_cpu:
-        return _is_autocast_enabled("cpu")
     device = t.device.type
-    return torch.amp.is_autocast_available(device) and _is_autocast_enabled(device)
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _autocast(*tensors: Any) -> Any:
@@ -403,7 +408,7 @@ def _autocast(*tensors: Any) -> Any:
 # ---- convolution -------------------------------------------------------------------------------
 
 
-def _pad(input: Tensor, padding: list[int], mode: str) -> Tensor:
+def _pad(input: Tensor, padding: Sequence[int], mode: str) -> Tensor:
     """The input with (before, after) pairs of a padding mode made explicit."""
     if mode not in PADDING_MODES:
         raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {mode!r}")
@@ -444,24 +449,24 @@ def _conv(
     padding_mode: str,
     impl: str | None,
 ) -> Tensor:
-    if _autocast_enabled(input):
+    if _tracing():
+        raise RuntimeError(NO_TORCHSCRIPT)
+    if _any_autocast() and _autocast_enabled(input):
         input, weight, bias = _autocast(input, weight, bias)
     plain = _check_conv_tensors(dims, input, weight, bias, True)
     row = "auto" if impl is None else _row("conv", impl, input.device)
     batched = input.dim() == dims + 2
     if not batched:
         input = input.unsqueeze(0)
-    stride, padding, dilation = _conv_geometry(
-        dims, input.shape, weight.shape, stride, padding, dilation, groups
-    )
+    geometry = _conv_geometry(dims, input.shape, weight.shape, stride, padding, dilation, groups)
     if padding_mode != "zeros":
-        input = _pad(input, padding, padding_mode)
-        padding = [0] * (2 * dims)
+        steps, pads, dilations = ops.split(geometry)
+        input = _pad(input, pads, padding_mode)
+        geometry = [*steps, *(0 for _ in pads), *dilations]
     if plain or not input.is_complex():
-        output = autograd.conv(input, weight, bias, stride, padding, dilation, groups, row)
+        output = autograd.conv(input, weight, bias, geometry, groups, row)
     else:
-        arguments = (stride, padding, dilation, groups, row)
-        output = _by_parts(autograd.conv, input, weight, bias, arguments)
+        output = _by_parts(autograd.conv, input, weight, bias, (geometry, groups, row))
     return output if batched else output.squeeze(0)
 
 
@@ -586,14 +591,16 @@ def _conv_transpose(
     dilation: Size,
     impl: str | None,
 ) -> Tensor:
-    if _autocast_enabled(input):
+    if _tracing():
+        raise RuntimeError(NO_TORCHSCRIPT)
+    if _any_autocast() and _autocast_enabled(input):
         input, weight, bias = _autocast(input, weight, bias)
     _check_conv_tensors(dims, input, weight, bias, False)
     row = "auto" if impl is None else _row("conv", impl, input.device)
     batched = input.dim() == dims + 2
     if not batched:
         input = input.unsqueeze(0)
-    geometry = _transposed_geometry(
+    size, geometry = _transposed_geometry(
         dims, input.shape, weight.shape, stride, padding, output_padding, groups, dilation
     )
     if bias is not None and bias.shape[0] != weight.shape[1] * groups:
@@ -602,9 +609,11 @@ def _conv_transpose(
             f"groups={groups} makes {weight.shape[1] * groups} channels: pass one bias per channel"
         )
     if input.is_complex():
-        output = _by_parts(autograd.conv_grad_input, input, weight, bias, (*geometry, groups, row))
+        output = _by_parts(
+            autograd.conv_grad_input, input, weight, bias, (size, geometry, groups, row)
+        )
     else:
-        output = autograd.conv_grad_input(input, weight, bias, *geometry, groups, row)
+        output = autograd.conv_grad_input(input, weight, bias, size, geometry, groups, row)
     return output if batched else output.squeeze(0)
 
 
@@ -708,7 +717,7 @@ def _gradient_geometry(
     padding: Padding,
     dilation: Size,
     groups: int,
-) -> tuple[list[int], list[int], list[int]]:
+) -> list[int]:
     dims = grad_output.dim() - 2
     if len(input) != dims + 2 or len(weight) != dims + 2:
         raise ValueError(
@@ -718,14 +727,7 @@ def _gradient_geometry(
     geometry = _conv_geometry(
         dims, torch.Size(input), torch.Size(weight), stride, padding, dilation, groups
     )
-    expected = [input[0], weight[0]]
-    for i in range(dims):
-        pads = geometry[1][2 * i : 2 * i + 2]
-        expected.append(
-            ops.conv_output_size(
-                input[2 + i], weight[2 + i], geometry[0][i], pads[0], pads[1], geometry[2][i]
-            )
-        )
+    expected = [input[0], weight[0], *ops.conv_output_sizes(input[2:], weight[2:], geometry)]
     if list(grad_output.shape) != expected:
         raise ValueError(
             f"grad_output has the shape {tuple(grad_output.shape)}, but the convolution's output "
@@ -764,7 +766,7 @@ def conv_grad_input(
         weight,
         None,
         list(input_size[2:]),
-        *geometry,
+        geometry,
         groups,
         _row("conv", impl, grad_output.device),
     )
@@ -814,7 +816,7 @@ def conv_grad_weight(
         input,
         total,
         list(weight_size[2:]),
-        *geometry,
+        geometry,
         groups,
         False,
         _row("conv", impl, input.device),
@@ -858,6 +860,8 @@ def _max_pool(
     ties: str,
     impl: str | None,
 ) -> Any:
+    if _tracing():
+        raise RuntimeError(NO_TORCHSCRIPT)
     _check_tensor("input", input, (dims + 1, dims + 2), (*FLOATS, *INTEGERS, torch.bool))
     if ties not in TIES:
         raise ValueError(f"ties must be one of {', '.join(TIES)}, got {ties!r}")
@@ -1195,3 +1199,7 @@ def implementations(function: str, device: str | torch.device = "cpu") -> tuple[
     if "unpool" in function:
         return ("naive",)
     return ops.rows("pool" if "pool" in function else "conv", torch.device(device).type)
+
+
+for _name in __all__:
+    torch.fx.wrap(_name)  # a traced model calls the function: the checks need a real tensor

@@ -51,17 +51,13 @@ def conv_matrix(
     """
     dims = len(input_size) - 1
     F._check_tensor("weight", weight, (dims + 2,), F.NUMBERS)
-    stride, padding, dilation = F._conv_geometry(
+    geometry = F._conv_geometry(
         dims, torch.Size([1, *input_size]), weight.shape, stride, padding, dilation, groups
     )
     filters, group_in, *kernel = weight.shape
     channels, *size = input_size
-    out = [
-        ops.conv_output_size(
-            size[i], kernel[i], stride[i], padding[2 * i], padding[2 * i + 1], dilation[i]
-        )
-        for i in range(dims)
-    ]
+    steps, pads, dilations = ops.split(geometry)
+    out = ops.conv_output_sizes(size, kernel, geometry)
     # Every (filter, output position, channel of the group, tap), in that order.
     grid = torch.meshgrid(
         [torch.arange(n, device=weight.device) for n in (filters, *out, group_in, *kernel)],
@@ -72,7 +68,7 @@ def conv_matrix(
     row, column = filter_, filter_ // (filters // groups) * group_in + c
     inside = torch.ones_like(row, dtype=torch.bool)
     for i in range(dims):
-        position = o[i] * stride[i] - padding[2 * i] + k[i] * dilation[i]
+        position = o[i] * steps[i] - pads[2 * i] + k[i] * dilations[i]
         inside &= (position >= 0) & (position < size[i])
         row = row * out[i] + o[i]
         column = column * size[i] + position

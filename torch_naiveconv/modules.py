@@ -35,12 +35,16 @@ class _Layer:
     """The keyword `impl` of every layer; a class attribute: exchanged layers have it too."""
 
     impl: str | None = None
-    _function: Any
+    _function: str  # its name in `functional`, where torch.fx finds and wraps it
 
     def __init__(self, *args: Any, impl: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if impl is not None:
             self.impl = impl
+
+    def __prepare_scriptable__(self) -> None:
+        """What torch.jit.script calls before all else."""
+        raise RuntimeError(F.NO_TORCHSCRIPT)
 
 
 class _Conv(_Layer):
@@ -54,7 +58,7 @@ class _Conv(_Layer):
             setattr(self, "padding", "same")  # noqa: B010 - the type of torch's attribute differs
 
     def _conv_forward(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return type(self)._function(
+        return getattr(F, self._function)(
             input,
             weight,
             bias,
@@ -79,7 +83,7 @@ class _ConvTranspose(_Layer):
             spatial,
             self.dilation,
         )
-        return type(self)._function(
+        return getattr(F, self._function)(
             input,
             self.weight,
             self.bias,
@@ -101,7 +105,7 @@ class _MaxPool(_Layer):
             self.ties = ties
 
     def forward(self: Any, input: Tensor) -> Any:
-        return type(self)._function(
+        return getattr(F, self._function)(
             input,
             self.kernel_size,
             self.stride,
@@ -118,7 +122,7 @@ class _MaxUnpool(_Layer):
     def forward(
         self: Any, input: Tensor, indices: Tensor, output_size: list[int] | None = None
     ) -> Tensor:
-        return type(self)._function(
+        return getattr(F, self._function)(
             input, indices, self.kernel_size, self.stride, self.padding, output_size
         )
 
@@ -126,7 +130,7 @@ class _MaxUnpool(_Layer):
 class Conv1d(_Conv, nn.Conv1d):
     """``torch.nn.Conv1d`` computed by :func:`functional.conv1d`; also takes ``impl``."""
 
-    _function = staticmethod(F.conv1d)
+    _function = "conv1d"
 
 
 class Conv2d(_Conv, nn.Conv2d):
@@ -140,67 +144,67 @@ class Conv2d(_Conv, nn.Conv2d):
     torch.Size([2, 8, 5, 5])
     """
 
-    _function = staticmethod(F.conv2d)
+    _function = "conv2d"
 
 
 class Conv3d(_Conv, nn.Conv3d):
     """``torch.nn.Conv3d`` computed by :func:`functional.conv3d`; also takes ``impl``."""
 
-    _function = staticmethod(F.conv3d)
+    _function = "conv3d"
 
 
 class ConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
     """``torch.nn.ConvTranspose1d`` computed by :func:`functional.conv_transpose1d`."""
 
-    _function = staticmethod(F.conv_transpose1d)
+    _function = "conv_transpose1d"
 
 
 class ConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
     """``torch.nn.ConvTranspose2d`` computed by :func:`functional.conv_transpose2d`."""
 
-    _function = staticmethod(F.conv_transpose2d)
+    _function = "conv_transpose2d"
 
 
 class ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
     """``torch.nn.ConvTranspose3d`` computed by :func:`functional.conv_transpose3d`."""
 
-    _function = staticmethod(F.conv_transpose3d)
+    _function = "conv_transpose3d"
 
 
 class MaxPool1d(_MaxPool, nn.MaxPool1d):
     """``torch.nn.MaxPool1d`` computed by :func:`functional.max_pool1d`; also takes ``ties``."""
 
-    _function = staticmethod(F.max_pool1d)
+    _function = "max_pool1d"
 
 
 class MaxPool2d(_MaxPool, nn.MaxPool2d):
     """``torch.nn.MaxPool2d`` computed by :func:`functional.max_pool2d`; also takes ``ties``."""
 
-    _function = staticmethod(F.max_pool2d)
+    _function = "max_pool2d"
 
 
 class MaxPool3d(_MaxPool, nn.MaxPool3d):
     """``torch.nn.MaxPool3d`` computed by :func:`functional.max_pool3d`; also takes ``ties``."""
 
-    _function = staticmethod(F.max_pool3d)
+    _function = "max_pool3d"
 
 
 class MaxUnpool1d(_MaxUnpool, nn.MaxUnpool1d):
     """``torch.nn.MaxUnpool1d`` computed by :func:`functional.max_unpool1d`."""
 
-    _function = staticmethod(F.max_unpool1d)
+    _function = "max_unpool1d"
 
 
 class MaxUnpool2d(_MaxUnpool, nn.MaxUnpool2d):
     """``torch.nn.MaxUnpool2d`` computed by :func:`functional.max_unpool2d`."""
 
-    _function = staticmethod(F.max_unpool2d)
+    _function = "max_unpool2d"
 
 
 class MaxUnpool3d(_MaxUnpool, nn.MaxUnpool3d):
     """``torch.nn.MaxUnpool3d`` computed by :func:`functional.max_unpool3d`."""
 
-    _function = staticmethod(F.max_unpool3d)
+    _function = "max_unpool3d"
 
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {

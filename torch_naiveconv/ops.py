@@ -2,7 +2,7 @@
 table rows.
 
 The schemas are in ``csrc/ops.cpp``; the derivative rules in ``autograd.py``. ``padding`` lists hold
-a ``(before, after)`` pair per spatial axis.
+a ``(before, after)`` pair per spatial axis; ``geometry`` is stride, padding, dilation end to end.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def check_fma(conv: Callable[..., Tensor]) -> None:
     2^-60 + (1 + 2^-12)^2 lies above the middle of two float32 numbers, by less than float64 sees.
     """
     row = torch.tensor([[[2.0**-30, 1 + 2.0**-12]]], dtype=torch.float32, device="cpu")
-    found = conv(row, row, None, [1], [0, 0], [1], 1, "naive").item()
+    found = conv(row, row, None, [1, 0, 0, 1], 1, "naive").item()
     if found != 1 + 2.0**-11 + 2.0**-23:
         raise ImportError(
             "torch_naiveconv: this machine's fused multiply-add rounds more than once "
@@ -153,36 +153,40 @@ def conv_output_size(
     return (in_ + before + after - dilation * (kernel - 1) - 1) // stride + 1
 
 
+def split(geometry: Sequence[int]) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """(stride, padding pairs, dilation) of a convolution's geometry."""
+    dims = len(geometry) // 4
+    return geometry[:dims], geometry[dims : 3 * dims], geometry[3 * dims :]
+
+
+def conv_output_sizes(
+    in_: Sequence[int], kernel: Sequence[int], geometry: Sequence[int]
+) -> list[int]:
+    """The output's size on each spatial axis."""
+    stride, padding, dilation = split(geometry)
+    axes = zip(in_, kernel, stride, padding[::2], padding[1::2], dilation, strict=True)
+    return [conv_output_size(*axis) for axis in axes]
+
+
 def offset_dtype(taps: int) -> torch.dtype:
     """The smallest type that holds every offset of a window of ``taps`` and -1."""
     return torch.uint8 if taps <= 255 else torch.int16 if taps <= 32767 else torch.int32
 
 
 @torch.library.register_fake("torch_naiveconv::conv")
-def _(input, weight, bias, stride, padding, dilation, groups, impl):  # type: ignore[no-untyped-def]
-    spatial = [
-        conv_output_size(
-            input.shape[2 + i],
-            weight.shape[2 + i],
-            stride[i],
-            padding[2 * i],
-            padding[2 * i + 1],
-            dilation[i],
-        )
-        for i in range(input.dim() - 2)
-    ]
+def _(input, weight, bias, geometry, groups, impl):  # type: ignore[no-untyped-def]
+    spatial = conv_output_sizes(input.shape[2:], weight.shape[2:], geometry)
     return _empty(input, [input.shape[0], weight.shape[0], *spatial], is_channels_last(input))
 
 
 @torch.library.register_fake("torch_naiveconv::conv_grad_input")
-def _(grad_output, weight, bias, input_size, stride, padding, dilation, groups, impl):  # type: ignore[no-untyped-def]
+def _(grad_output, weight, bias, input_size, geometry, groups, impl):  # type: ignore[no-untyped-def]
     size = [grad_output.shape[0], weight.shape[1] * groups, *input_size]
     return _empty(grad_output, size, is_channels_last(grad_output))
 
 
 @torch.library.register_fake("torch_naiveconv::conv_grad_weight")
-def _(grad_output, input, total, kernel_size, *geometry):  # type: ignore[no-untyped-def]
-    *_, groups, channels_last, _impl = geometry
+def _(grad_output, input, total, kernel_size, geometry, groups, channels_last, impl):  # type: ignore[no-untyped-def]
     size = [grad_output.shape[1], input.shape[1] // groups, *kernel_size]
     dtype = None if total is None else total_dtype(input.dtype)
     return _empty(input, size, channels_last, dtype)

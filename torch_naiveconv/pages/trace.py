@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
+from .. import ops
 
 GROUP = 128  # group_length of csrc/spec/arithmetic.h for float32 and float64
 MAX_STEPS = 100_000  # beyond it a page is slow to open; the numbers would still be right
@@ -358,7 +359,9 @@ def conv(
     function = getattr(F, f"conv{dims}d")
     output = function(input, weight, bias, **arguments)
     geometry = F._conv_geometry(dims, input.shape, weight.shape, stride, padding, dilation, groups)
-    axes = axes_of(list(input.shape[2:]), list(output.shape[2:]), list(weight.shape[2:]), *geometry)
+    axes = axes_of(
+        list(input.shape[2:]), list(output.shape[2:]), list(weight.shape[2:]), *ops.split(geometry)
+    )
     if grad_output is None:
         grad_output = torch.ones_like(output)
     grad_input = F.conv_grad_input(input.shape, weight, grad_output, **arguments)
@@ -441,10 +444,10 @@ def conv_transpose(
     function = getattr(F, f"conv_transpose{dims}d")
     x, w = input.clone().requires_grad_(), weight.clone().requires_grad_()
     output = function(x, w, bias, **arguments)
-    geometry = F._transposed_geometry(
+    size, geometry = F._transposed_geometry(
         dims, input.shape, weight.shape, stride, padding, output_padding, groups, dilation
     )
-    axes = axes_of(geometry[0], list(input.shape[2:]), list(weight.shape[2:]), *geometry[1:])
+    axes = axes_of(size, list(input.shape[2:]), list(weight.shape[2:]), *ops.split(geometry))
     if grad_output is None:
         grad_output = torch.ones_like(output)
     grad_input, grad_weight = torch.autograd.grad(output, (x, w), grad_output)
