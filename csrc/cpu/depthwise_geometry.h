@@ -80,10 +80,9 @@ struct PanelShape {
   int64_t size() const { return blocks * block_pitch(); }
 };
 
-// `length` taps, one after the other along w: distances in the panel and in the packed weights, and
-// the number of their row of taps, kd * kernel_h + kh.
+// `length` taps, one after the other along w: distances in the panel and in the packed weights.
 struct MapRun {
-  int32_t source, weight, length, row;
+  int32_t source, weight, length;
 };
 
 // What the positions of one phase add up: runs of terms in chains, a chain (16-bit types: an even
@@ -133,9 +132,9 @@ void list_terms(const MapAxis* axis, const int64_t* phases, const PanelShape& pa
               const int64_t source = k.c * panel.plane_pitch() +
                                      axis[0].shift(qd, k.d) * panel.slice_pitch() +
                                      axis[1].shift(qh, k.h) * panel.row_pitch() + column(qw, k.w);
-              lists.runs[count++] = {
-                  static_cast<int32_t>(source), static_cast<int32_t>(number * panel.lanes),
-                  static_cast<int32_t>(length), static_cast<int32_t>(k.d * kernel[1] + k.h)};
+              lists.runs[count++] = {static_cast<int32_t>(source),
+                                     static_cast<int32_t>(number * panel.lanes),
+                                     static_cast<int32_t>(length)};
             }
             lists.chain_end[chain + parity] = count;
           }
