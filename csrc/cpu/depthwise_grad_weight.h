@@ -97,8 +97,9 @@ void tap_tile(PixelRow<E>& pixels, const E* const* row, int64_t offset, int64_t 
   add_side<V, stride>(acc, grad, pixels, pixels.left, column, from, pitch);
   column += count * pixels.pixel_columns;
   for (; count >= 4; count -= 4) {
-    pixels.input_ahead.fetch(2 * stride * stride);
-    pixels.grad_ahead.fetch(2);
+    constexpr int lines = 4 * sizeof(V) / 64;  // of four pixels
+    pixels.input_ahead.fetch(lines * stride * stride);
+    pixels.grad_ahead.fetch(lines);
     add_pixels<V, stride, 4>(acc, grad, pixels.grad_pitch, from, pitch);
   }
   for (; count > 0; --count) add_pixels<V, stride, 1>(acc, grad, pixels.grad_pitch, from, pitch);
@@ -232,9 +233,12 @@ bool grad_weight_in_place(const ConvProblem& p) {
   const auto work = [&](int64_t begin, int64_t end) {
     const int64_t count = end - begin;
     Arena& arena = task_arena();
-    arena.reset(2 * Arena::bytes_for<T>(count * sums));
+    arena.reset(2 * Arena::bytes_for<T>(count * sums) +
+                Arena::bytes_for<int64_t>(band * (plane_rows + 1)));
     T* const totals = arena.take<T>(count * sums);
     T* const chains = arena.take<T>(count * sums);
+    // For each row of the band where what each row of taps reads lies, or -1; last its gradient.
+    int64_t* const offsets = arena.take<int64_t>(band * (plane_rows + 1));
     const auto channel = [&](int64_t b) { return smaller((begin + b) * L, channels - L); };
     std::memset(chains, 0, count * sums * sizeof(T));
     for (int64_t b = 0; b < count; ++b)
@@ -255,19 +259,23 @@ bool grad_weight_in_place(const ConvProblem& p) {
         const T* const input_ahead =
             sample + larger(0, smaller(far, deep.in * high.in)) * input.stride[3];
         const T* const grad_ahead = grads + last * output.stride[3];
+        for (int64_t at = first; at < last; ++at) {
+          const int64_t d = at / high.out, h = at % high.out;
+          int64_t* const row = offsets + (at - first) * (plane_rows + 1);
+          row[plane_rows] = d * output.stride[2] + h * output.stride[3];
+          for (int64_t r = 0; r < plane_rows; ++r) {
+            const int64_t id = deep.input_of(d, r / high.kernel);
+            const int64_t ih = high.input_of(h, r % high.kernel);
+            row[r] = deep.holds_input(id) && high.holds_input(ih)
+                         ? id * input.stride[2] + ih * input.stride[3]
+                         : -1;
+          }
+        }
         for (int64_t b = 0; b < count; ++b) {
           T* const chain = chains + b * sums;
           for (int64_t at = first; at < last; ++at) {
-            const int64_t d = at / high.out, h = at % high.out;
-            const T* const grad = grads + d * output.stride[2] + h * output.stride[3] + channel(b);
-            const T* row[most_rows];
-            for (int64_t r = 0; r < plane_rows; ++r) {
-              const int64_t id = deep.input_of(d, r / high.kernel);
-              const int64_t ih = high.input_of(h, r % high.kernel);
-              row[r] = deep.holds_input(id) && high.holds_input(ih)
-                           ? sample + id * input.stride[2] + ih * input.stride[3] + channel(b)
-                           : nullptr;
-            }
+            const int64_t* const row = offsets + (at - first) * (plane_rows + 1);
+            const T* const grad = grads + row[plane_rows] + channel(b);
             // A block's share of as many rows as this one is of the band.
             const auto share = [&](const T* ahead, int64_t rows, int64_t row, int64_t columns) {
               const T* const from =
@@ -290,15 +298,15 @@ bool grad_weight_in_place(const ConvProblem& p) {
               pixels.tap_columns = wide.dilation;
               pixels.pixel_columns = wide.stride;
               pixels.width = wide.in;
-              const int64_t offset = pixels.column * input.stride[4];
+              const T* const corner = sample + channel(b) + pixels.column * input.stride[4];
               V nothing = V::zero();  // what the products with the padding add up to
               bool summed = false;
               for (int64_t r = 0; r < plane_rows;) {
                 int64_t run = 1;
-                while (r + run < plane_rows && !row[r + run] == !row[r]) ++run;
-                if (row[r]) {
+                while (r + run < plane_rows && (row[r + run] < 0) == (row[r] < 0)) ++run;
+                if (row[r] >= 0) {
                   const T* start[most_rows];
-                  for (int64_t i = 0; i < run; ++i) start[i] = row[r + i] + offset;
+                  for (int64_t i = 0; i < run; ++i) start[i] = corner + row[r + i];
                   all_taps<T>(pixels, start, run, wide.kernel, wide.dilation * input.stride[4],
                               wide.stride * input.stride[4], chain + r * wide.kernel * L);
                 } else {
