@@ -148,17 +148,12 @@ bool map_blocks(const ConvProblem& p) {
       !choose_chunks(axis, sizeof(E), panel_bytes, widest_map_chunk, false, chunks, panel))
     return false;
 
-  const int64_t most_chains = chains_of<T> * (numbers / group_length<T> + 1) * phase_count;
   Arena& plan = plan_arena();
   plan.reset(Arena::bytes_for<E>(blocks * numbers * L) + Arena::bytes_for<E>(blocks * L) +
-             Arena::bytes_for<MapRun>(numbers) + Arena::bytes_for<int32_t>(most_chains) +
-             Arena::bytes_for<int32_t>(phase_count + 1));
+             TermLists::bytes_for<T>(numbers, phase_count));
   E* const weights = plan.take<E>(blocks * numbers * L);
   E* const bias = plan.take<E>(blocks * L);
-  TermLists lists;
-  lists.runs = plan.take<MapRun>(numbers);
-  lists.chain_end = plan.take<int32_t>(most_chains);
-  lists.phase_begin = plan.take<int32_t>(phase_count + 1);
+  TermLists lists = TermLists::take<T>(plan, numbers, phase_count);
   if (!pack_weights<T>(p, channels, group, planes, L, false, weights) && transposed) return false;
   for (int64_t c = 0; c < blocks * L; ++c)
     bias[c] = p.bias && c < channels ? widened(static_cast<const T*>(p.bias)[c]) : E(0);

@@ -93,6 +93,28 @@ struct TermLists {
   int32_t* phase_begin;  // first chain of each phase, and the end of the last
   bool sliding;          // tap k of pixel i and tap 0 of pixel i + k read the same vector
   bool backwards;        // ... counting pixels from right to left
+
+  // What the lists of `numbers` terms take of an arena.
+  template <class T>
+  static size_t bytes_for(int64_t numbers, int64_t phases) {
+    return Arena::bytes_for<MapRun>(numbers) +
+           Arena::bytes_for<int32_t>(chains<T>(numbers, phases)) +
+           Arena::bytes_for<int32_t>(phases + 1);
+  }
+  template <class T>
+  static TermLists take(Arena& arena, int64_t numbers, int64_t phases) {
+    TermLists lists{};
+    lists.runs = arena.take<MapRun>(numbers);
+    lists.chain_end = arena.take<int32_t>(chains<T>(numbers, phases));
+    lists.phase_begin = arena.take<int32_t>(phases + 1);
+    return lists;
+  }
+
+ private:
+  template <class T>
+  static int64_t chains(int64_t numbers, int64_t phases) {  // at most
+    return chains_of<T> * (numbers / group_length<T> + 1) * phases;
+  }
 };
 
 // The lists of all phases. A tap that no position of a phase meets keeps its number. `column` gives

@@ -227,7 +227,10 @@ bool grad_weight_in_place(const ConvProblem& p) {
   if (s.group_in() != 1 || s.group_out() != 1 || input.stride[1] != 1 || output.stride[1] != 1 ||
       channels < L || blocks < thread_count() || plane_rows > most_rows)
     return false;
-  const int64_t band = larger(1, 128 / wide.out);  // rows
+  // Rows, as many as read few enough lines that the first cache still has them for the next block.
+  const int64_t extent = (high.kernel - 1) * high.dilation + 1;
+  const int64_t band =
+      larger(1, (128 - (extent - high.stride) * wide.in) / (high.stride * wide.in + wide.out));
   const int64_t rows = deep.out * high.out;
 
   const auto work = [&](int64_t begin, int64_t end) {

@@ -86,7 +86,7 @@ void in_place_tile(const InPlacePlan<T>& plan, const TapRow<T>* rows, int row_co
   constexpr int L = V::lanes, line = 64 / sizeof(T);
   const int64_t pitch = plan.spacing * plan.source.stride[4];
   const int64_t new_rows = smaller(plan.axis[1].step, 2);
-  const int64_t new_elements = pixels * plan.axis[2].step / plan.axis[2].period * L;
+  const int64_t new_elements = pixels * smaller(plan.axis[2].step, 2) / plan.axis[2].period * L;
   const int64_t out_pixel = plan.written.stride[4], out_row = plan.written.stride[3];
   const int64_t blocks = (plan.channels + L - 1) / L;
   const int first = edge && w < 0 ? static_cast<int>(-w) : 0;
@@ -176,8 +176,10 @@ void in_place_rows(const InPlacePlan<T>& plan, int64_t begin, int64_t end) {
         runs[j].first_there = 0, runs[j].end = columns;
         if (column >= 0 && column + (columns - 1) * spacing < axis[2].source) continue;
         edge = true;
-        runs[j].first_there = static_cast<int>(larger(0, -floor_div(column, spacing)));
-        runs[j].end = static_cast<int>(-floor_div(column - axis[2].source, spacing));
+        const int64_t first_there = larger(0, -floor_div(column, spacing));
+        const int64_t end = -floor_div(column - axis[2].source, spacing);
+        runs[j].first_there = static_cast<int>(smaller(first_there, columns));
+        runs[j].end = static_cast<int>(larger(0, smaller(end, columns)));
       }
       const auto run = edge ? in_place_tile<T, stride, transposed, pixels, true>
                             : in_place_tile<T, stride, transposed, pixels, false>;

@@ -47,6 +47,17 @@ struct PlaneTile {
 template <class T>
 using PlaneTileFunction = void (*)(const PlanePhase<T>&, const PlaneTile<T>&);
 
+// Vector c of the `vecs` of a row.
+template <class T, int vecs>
+TNC_INLINE void store_plane_vector(Vec<Total<T>> result, const PlaneTile<T>& tile, T* row, int c) {
+  constexpr int L = Vec<Total<T>>::lanes;
+  T* const to = row + (c + 1 < vecs ? c * L : tile.last);
+  if (vecs > 1 || tile.lanes >= L)
+    result.store(to);
+  else
+    result.store(to, tile.lanes);
+}
+
 template <class T, int rows, int vecs>
 TNC_INLINE void store_plane_tile(const Vec<Total<T>> (&total)[rows][vecs],
                                  const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
@@ -56,14 +67,8 @@ TNC_INLINE void store_plane_tile(const Vec<Total<T>> (&total)[rows][vecs],
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i, out += tile.out_step)
 #pragma GCC unroll 8
-    for (int c = 0; c < vecs; ++c) {
-      const V result = canonical(total[i][c] + bias);
-      T* const to = out + (c + 1 < vecs ? c * V::lanes : tile.last);
-      if (vecs > 1 || tile.lanes >= V::lanes)
-        result.store(to);
-      else
-        result.store(to, tile.lanes);
-    }
+    for (int c = 0; c < vecs; ++c)
+      store_plane_vector<T, vecs>(canonical(total[i][c] + bias), tile, out, c);
 }
 
 // Any list of terms, one by one: of one phase, or of both of a stride of 2 along w, whose results
@@ -235,12 +240,8 @@ void roll_strip(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
         const V result = canonical(fold(i, c) + bias);
         if (cut) total[i][c] = V::zero();
         if (done < 0) continue;
-        T* const to = out + (c + 1 < vecs ? c * V::lanes : tile.last);
-        prefetch(to + tile.next_out);
-        if (vecs > 1 || tile.lanes >= V::lanes)
-          result.store(to);
-        else
-          result.store(to, tile.lanes);
+        prefetch(out + tile.next_out + c * V::lanes);
+        store_plane_vector<T, vecs>(result, tile, out, c);
       }
       if (done + 1 == tile.rows) return;
       out += tile.out_step;
@@ -465,15 +466,11 @@ bool map_planes(const ConvProblem& p) {
   const int64_t part = (panel.extent[2] + step_w - 1) / step_w;  // of a row, of one remainder
   panel.extent[2] = part * step_w;
 
-  const int64_t most_chains = chains_of<T> * (numbers / group_length<T> + 1) * phase_count;
   Arena& plan = plan_arena();
-  plan.reset(Arena::bytes_for<E>(channels * numbers) + Arena::bytes_for<MapRun>(numbers) +
-             Arena::bytes_for<int32_t>(most_chains) + Arena::bytes_for<int32_t>(phase_count + 1));
+  plan.reset(Arena::bytes_for<E>(channels * numbers) +
+             TermLists::bytes_for<T>(numbers, phase_count));
   E* const weights = plan.take<E>(channels * numbers);
-  TermLists lists;
-  lists.runs = plan.take<MapRun>(numbers);
-  lists.chain_end = plan.take<int32_t>(most_chains);
-  lists.phase_begin = plan.take<int32_t>(phase_count + 1);
+  TermLists lists = TermLists::take<T>(plan, numbers, phase_count);
   const bool finite = pack_weights<T>(p, channels, group, planes, 1, false, weights);
   if (transposed && !finite) return false;
   const int64_t nearest = smaller(axis[2].numerator(0), axis[2].numerator(axis[2].kernel - 1));
