@@ -86,6 +86,44 @@ def test_square_kernels(row, kernel, dtype):
             assert_same_bits(got_back, back, what)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", range(24))
+@pytest.mark.parametrize("row", FAST)
+def test_depthwise_channels_last(row, case, dtype):
+    """What is read in place: sides of rows, strides and their phases, dilation, groups of terms
+    that end within a row, images smaller than the kernel, numbers that are not finite."""
+    draw, generator = random.Random(case), torch.Generator().manual_seed(case)
+    channels = draw.choice([8, 16, 17, 24, 35])
+    if case % 6 == 5:
+        layout, conv, most = torch.channels_last_3d, F.conv3d, [4, 5, 9]
+    else:
+        layout, conv, most = torch.channels_last, F.conv2d, [draw.choice([3, 9, 16]), 33]
+        if case % 6 == 4:
+            most = [3, 300]
+    axes = []
+    while len(axes) < len(most):
+        size, kernel = draw.randint(1, most[len(axes)]), draw.choice([1, 2, 3, 3, 4, 5, 7, 9])
+        stride, dilation = draw.choice([1, 1, 2, 2, 3]), draw.choice([1, 1, 1, 2])
+        before, after = draw.randint(0, kernel), draw.randint(0, kernel)
+        if size + before + after > dilation * (kernel - 1):
+            axes.append((size, kernel, stride, dilation, (before, after)))
+    size, kernel, stride, dilation, padding = (list(column) for column in zip(*axes, strict=True))
+    kind, weights = draw.choice([("normal",) * 2, ("tiny",) * 2, ("wild", "normal"), ("wild",) * 2])
+    shape = {"stride": stride, "padding": padding, "dilation": dilation, "groups": channels}
+    x = values(generator, (2, channels, *size), dtype, kind).contiguous(memory_format=layout)
+    w = values(generator, (channels, 1, *kernel), dtype, weights)
+    bias = values(generator, (channels,), dtype, kind)
+    out = conv(x, w, bias, **shape, impl="naive")
+    g = values(generator, out.shape, dtype, kind).contiguous(memory_format=layout)
+    back = F.conv_grad_input(x.shape, w, g, **shape, impl="naive")
+    weight = F.conv_grad_weight(x, w.shape, g, **shape, impl="naive")
+    what = f"{row} {dtype} {kind} {tuple(x.shape)} {axes}"
+    with threads(draw.choice([1, 2])):
+        assert_same_bits(conv(x, w, bias, **shape, impl=row), out, what)
+        assert_same_bits(F.conv_grad_input(x.shape, w, g, **shape, impl=row), back, what)
+        assert_same_bits(F.conv_grad_weight(x, w.shape, g, **shape, impl=row), weight, what)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("row", FAST)
 def test_grad_bias(row, dtype):

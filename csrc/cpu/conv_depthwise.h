@@ -26,9 +26,13 @@ inline bool conv_depthwise(const ConvProblem& p) {
   bool taken = false;
   with_float_type(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    taken = p.direction == Direction::grad_weight
-                ? few_channels_grad_weight<T>(p)
-                : map_planes<T>(p) || map_in_place<T>(p) || map_blocks<T>(p);
+    if (p.direction == Direction::grad_weight) {
+      taken = few_channels_grad_weight<T>(p);
+      return;
+    }
+    taken = map_planes<T>(p);
+    if constexpr (chains_of<T> == 1) taken = taken || map_in_place<T>(p);
+    taken = taken || map_blocks<T>(p);
   });
   return taken;
 }

@@ -24,48 +24,38 @@ TNC_INLINE void add_run(V (&acc)[pixels], const S* source, int64_t step, const E
   }
 }
 
-// Where a tile finds what a run reads: null if it adds nothing.
-template <class E>
-struct PanelSource {
-  const E* at;  // the tile's first pixel
-  int64_t step;
-
-  TNC_INLINE const E* of(const MapRun& r) const { return at + r.source; }
-};
-
 // out[i] = bias + the sum over chains [chain, last), for `pixels` positions.
-template <class T, int pixels, class Source, class Out>
+template <class T, int pixels, class Out>
 TNC_INLINE void map_tile(const TermLists& lists, int32_t chain, int32_t last,
-                         const Total<T>* weights, Vec<Total<T>> bias, const Source& source,
-                         Out* out, int64_t out_step, int lanes) {
+                         const Total<T>* weights, Vec<Total<T>> bias, const Total<T>* source,
+                         int64_t step, Out* out, int64_t out_step, int lanes) {
   using V = Vec<Total<T>>;
   const auto run = [&](V(&acc)[pixels], int32_t c) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int i = 0; i < pixels; ++i) acc[i] = V::zero();
     const MapRun* const end = lists.runs + lists.chain_end[c];
     for (const MapRun* r = lists.runs + (c ? lists.chain_end[c - 1] : 0); r < end; ++r) {
-      const auto* const from = source.of(*r);
-      if (from == nullptr) continue;
+      const Total<T>* const from = source + r->source;
       const Total<T>* const w = weights + r->weight;
       if constexpr (chains_of<T> == 1) {
         if (r->length == 3) {
-          add_run<V, pixels, 3>(acc, from, source.step, w);
+          add_run<V, pixels, 3>(acc, from, step, w);
           continue;
         }
         if (r->length == 4) {
-          add_run<V, pixels, 4>(acc, from, source.step, w);
+          add_run<V, pixels, 4>(acc, from, step, w);
           continue;
         }
         if (r->length == 5) {
-          add_run<V, pixels, 5>(acc, from, source.step, w);
+          add_run<V, pixels, 5>(acc, from, step, w);
           continue;
         }
         if (V::registers == 32 && r->length == 7) {
-          add_run<V, pixels, 7>(acc, from, source.step, w);
+          add_run<V, pixels, 7>(acc, from, step, w);
           continue;
         }
       }
-      add_run<V, pixels, 1>(acc, from, source.step, w);
+      add_run<V, pixels, 1>(acc, from, step, w);
     }
   };
   V total[pixels];
@@ -122,10 +112,10 @@ void map_row(int64_t count, const TermLists& lists, int64_t phase, const PanelSh
   }
   in_tiles(count, [&](auto pixels) __attribute__((always_inline)) {
     for (int64_t b = 0; b < blocks; ++b)
-      map_tile<T, pixels.value>(
-          lists, begin, end, weights + b * weights_pitch, V::load(bias + b * V::lanes),
-          PanelSource<Total<T>>{source + b * panel.block_pitch(), source_step}, out + b * out_pitch,
-          out_step, b + 1 == blocks ? last_lanes : V::lanes);
+      map_tile<T, pixels.value>(lists, begin, end, weights + b * weights_pitch,
+                                V::load(bias + b * V::lanes), source + b * panel.block_pitch(),
+                                source_step, out + b * out_pitch, out_step,
+                                b + 1 == blocks ? last_lanes : V::lanes);
     source += pixels.value * source_step;
     out += pixels.value * out_step;
   });
@@ -158,17 +148,12 @@ bool map_blocks(const ConvProblem& p) {
       !choose_chunks(axis, sizeof(E), panel_bytes, widest_map_chunk, false, chunks, panel))
     return false;
 
-  const int64_t most_chains = chains_of<T> * (numbers / group_length<T> + 1) * phase_count;
   Arena& plan = plan_arena();
   plan.reset(Arena::bytes_for<E>(blocks * numbers * L) + Arena::bytes_for<E>(blocks * L) +
-             Arena::bytes_for<MapRun>(numbers) + Arena::bytes_for<int32_t>(most_chains) +
-             Arena::bytes_for<int32_t>(phase_count + 1));
+             TermLists::bytes_for<T>(numbers, phase_count));
   E* const weights = plan.take<E>(blocks * numbers * L);
   E* const bias = plan.take<E>(blocks * L);
-  TermLists lists;
-  lists.runs = plan.take<MapRun>(numbers);
-  lists.chain_end = plan.take<int32_t>(most_chains);
-  lists.phase_begin = plan.take<int32_t>(phase_count + 1);
+  TermLists lists = TermLists::take<T>(plan, numbers, phase_count);
   if (!pack_weights<T>(p, channels, group, planes, L, false, weights) && transposed) return false;
   for (int64_t c = 0; c < blocks * L; ++c)
     bias[c] = p.bias && c < channels ? widened(static_cast<const T*>(p.bias)[c]) : E(0);

@@ -80,10 +80,9 @@ struct PanelShape {
   int64_t size() const { return blocks * block_pitch(); }
 };
 
-// `length` taps, one after the other along w: distances in the panel and in the packed weights, and
-// the number of their row of taps, kd * kernel_h + kh.
+// `length` taps, one after the other along w: distances in the panel and in the packed weights.
 struct MapRun {
-  int32_t source, weight, length, row;
+  int32_t source, weight, length;
 };
 
 // What the positions of one phase add up: runs of terms in chains, a chain (16-bit types: an even
@@ -94,6 +93,28 @@ struct TermLists {
   int32_t* phase_begin;  // first chain of each phase, and the end of the last
   bool sliding;          // tap k of pixel i and tap 0 of pixel i + k read the same vector
   bool backwards;        // ... counting pixels from right to left
+
+  // What the lists of `numbers` terms take of an arena.
+  template <class T>
+  static size_t bytes_for(int64_t numbers, int64_t phases) {
+    return Arena::bytes_for<MapRun>(numbers) +
+           Arena::bytes_for<int32_t>(chains<T>(numbers, phases)) +
+           Arena::bytes_for<int32_t>(phases + 1);
+  }
+  template <class T>
+  static TermLists take(Arena& arena, int64_t numbers, int64_t phases) {
+    TermLists lists{};
+    lists.runs = arena.take<MapRun>(numbers);
+    lists.chain_end = arena.take<int32_t>(chains<T>(numbers, phases));
+    lists.phase_begin = arena.take<int32_t>(phases + 1);
+    return lists;
+  }
+
+ private:
+  template <class T>
+  static int64_t chains(int64_t numbers, int64_t phases) {  // at most
+    return chains_of<T> * (numbers / group_length<T> + 1) * phases;
+  }
 };
 
 // The lists of all phases. A tap that no position of a phase meets keeps its number. `column` gives
@@ -133,9 +154,9 @@ void list_terms(const MapAxis* axis, const int64_t* phases, const PanelShape& pa
               const int64_t source = k.c * panel.plane_pitch() +
                                      axis[0].shift(qd, k.d) * panel.slice_pitch() +
                                      axis[1].shift(qh, k.h) * panel.row_pitch() + column(qw, k.w);
-              lists.runs[count++] = {
-                  static_cast<int32_t>(source), static_cast<int32_t>(number * panel.lanes),
-                  static_cast<int32_t>(length), static_cast<int32_t>(k.d * kernel[1] + k.h)};
+              lists.runs[count++] = {static_cast<int32_t>(source),
+                                     static_cast<int32_t>(number * panel.lanes),
+                                     static_cast<int32_t>(length)};
             }
             lists.chain_end[chain + parity] = count;
           }

@@ -1,37 +1,109 @@
 // grad_weight of few channels per group, lanes are channels. Start reading at
-// few_channels_grad_weight, at the end.
+// few_channels_grad_weight, at the end; depthwise channels_last tensors are read where they lie
+// (grad_weight_in_place), others through a panel.
 //
-//   chain[tap] = fma(panel[pixel + tap], grad[pixel], chain[tap])
+//   chain[tap] = fma(input[pixel + tap], grad[pixel], chain[tap])
 #pragma once
 
 #include "depthwise_lanes.h"
 
 namespace torch_naiveconv::TNC_ISA {
 
-// chain[r][k] += the products of `count` pixels: rows of taps at distances row[r] in the panel, the
-// taps of a row k_step apart.
-template <class E, int rows, int taps>
-void tap_tile(int64_t count, const E* grad, int64_t grad_step, const E* panel, const int64_t* row,
-              int64_t k_step, int64_t panel_step, E* chain, int64_t chain_pitch) {
+// Memory that is read later and fetched meanwhile, little by little: more at once, and what is read
+// now would have to wait.
+struct Ahead {
+  const char *at = nullptr, *end = nullptr;
+
+  TNC_INLINE void fetch(int lines) {
+    if (at >= end) return;
+#pragma GCC unroll 8
+    for (int i = 0; i < lines; ++i, at += 64) prefetch(at);
+  }
+};
+
+// Some pixels of a row and the input that their taps meet. `left` pixels, then `middle` and `right`
+// ones; those at the sides read columns that lie in the padding.
+template <class E>
+struct PixelRow {
+  const E* grad;
+  int64_t grad_pitch;
+  int64_t left, middle, right;
+  // For the pixels at the sides: the column of the first pixel's first tap, how far the next tap
+  // and the next pixel are, how many columns there are.
+  int64_t column, tap_columns, pixel_columns, width;
+  Ahead input_ahead, grad_ahead;
+};
+
+// chain[r][k] += the products of `pixels` pixels, `stride` columns apart; a vector is loaded once
+// for all the pixels and taps that meet in it. Moves on to the next pixels.
+template <class V, int stride, int pixels, int rows, int taps, class E>
+TNC_INLINE void add_pixels(V (&acc)[rows][taps], const E*& grad, int64_t grad_pitch,
+                           const E* (&from)[rows], int64_t pitch) {
+  constexpr int columns = (pixels - 1) * stride + taps;
+  V g[pixels];
+#pragma GCC unroll 4
+  for (int i = 0; i < pixels; ++i, grad += grad_pitch) g[i] = V::load(grad);
+#pragma GCC unroll 16
+  for (int column = 0; column < columns; ++column)
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const V x = V::load(from[r]);
+      from[r] += pitch;
+#pragma GCC unroll 4
+      for (int i = 0; i < pixels; ++i) {
+        const int k = column - i * stride;
+        if (k >= 0 && k < taps) acc[r][k] = fma(x, g[i], acc[r][k]);
+      }
+    }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) from[r] += (pixels * stride - columns) * pitch;
+}
+
+// The same for pixels whose taps may read the padding.
+template <class V, int stride, int rows, int taps, class E>
+TNC_INLINE void add_side(V (&acc)[rows][taps], const E*& grad, const PixelRow<E>& pixels,
+                         int64_t count, int64_t& column, const E* (&from)[rows], int64_t pitch) {
+  for (; count > 0; --count, column += pixels.pixel_columns, grad += pixels.grad_pitch) {
+    const V g = V::load(grad);
+#pragma GCC unroll 8
+    for (int k = 0; k < taps; ++k) {
+      const int64_t at = column + k * pixels.tap_columns;
+      const bool there = at >= 0 && at < pixels.width;
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r)
+        acc[r][k] = fma(there ? V::load(from[r] + k * pitch) : V::zero(), g, acc[r][k]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) from[r] += stride * pitch;
+  }
+}
+
+// chain[r][k] += the products of a row of pixels: `rows` rows of `taps` taps, of which the first
+// reads `column`, at row[r] + offset, for the first pixel.
+template <int stride, int rows, int taps, class E>
+void tap_tile(PixelRow<E>& pixels, const E* const* row, int64_t offset, int64_t column,
+              int64_t pitch, E* chain, int64_t chain_pitch) {
   using V = Vec<E>;
   V acc[rows][taps];
   const E* from[rows];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
-    from[r] = panel + row[r];
+    from[r] = row[r] + offset;
 #pragma GCC unroll 8
     for (int k = 0; k < taps; ++k) acc[r][k] = V::load(chain + r * chain_pitch + k * V::lanes);
   }
-  for (int64_t i = 0; i < count; ++i) {
-    const V g = V::load(grad);
-    grad += grad_step;
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 8
-      for (int k = 0; k < taps; ++k) acc[r][k] = fma(V::load(from[r] + k * k_step), g, acc[r][k]);
-      from[r] += panel_step;
-    }
+  const E* grad = pixels.grad;
+  int64_t count = pixels.middle;
+  add_side<V, stride>(acc, grad, pixels, pixels.left, column, from, pitch);
+  column += count * pixels.pixel_columns;
+  for (; count >= 4; count -= 4) {
+    constexpr int lines = 4 * sizeof(V) / 64;  // of four pixels
+    pixels.input_ahead.fetch(lines * stride * stride);
+    pixels.grad_ahead.fetch(lines);
+    add_pixels<V, stride, 4>(acc, grad, pixels.grad_pitch, from, pitch);
   }
+  for (; count > 0; --count) add_pixels<V, stride, 1>(acc, grad, pixels.grad_pitch, from, pitch);
+  add_side<V, stride>(acc, grad, pixels, pixels.right, column, from, pitch);
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
@@ -40,40 +112,48 @@ void tap_tile(int64_t count, const E* grad, int64_t grad_step, const E* panel, c
 
 // Tiles of `rows` x `taps` chains that fit the registers, for the numbers of taps that occur in
 // kernels; longer rows are cut.
-constexpr int most_chains_of(int registers) { return registers == 32 ? 28 : 12; }
+constexpr int most_chains_of(int registers) { return registers == 32 ? 26 : 11; }
 
-template <class E, int taps, int rows>
-TNC_INLINE void tap_rows(int64_t count, const E* grad, int64_t grad_step, const E* panel,
-                         const int64_t* row, int64_t row_count, int64_t k_step, int64_t panel_step,
-                         E* chain, int64_t chain_pitch) {
+template <int stride, int taps, int rows, class E>
+TNC_INLINE void tap_rows(PixelRow<E>& pixels, const E* const* row, int64_t row_count,
+                         int64_t offset, int64_t column, int64_t pitch, E* chain,
+                         int64_t chain_pitch) {
   if constexpr (rows > 0) {
     for (; row_count >= rows; row_count -= rows) {
-      tap_tile<E, rows, taps>(count, grad, grad_step, panel, row, k_step, panel_step, chain,
-                              chain_pitch);
+      tap_tile<stride, rows, taps>(pixels, row, offset, column, pitch, chain, chain_pitch);
       row += rows;
       chain += rows * chain_pitch;
     }
-    tap_rows<E, taps, rows - 1>(count, grad, grad_step, panel, row, row_count, k_step, panel_step,
-                                chain, chain_pitch);
+    tap_rows<stride, taps, rows - 1>(pixels, row, row_count, offset, column, pitch, chain,
+                                     chain_pitch);
   }
 }
 
+// All `kernel` taps of some rows of taps: a tap's column is tap_pitch from the one before, a
+// pixel's pixel_pitch.
 template <class E>
-void all_taps(int64_t count, const E* grad, int64_t grad_step, const E* panel, const int64_t* row,
-              int64_t row_count, int64_t kernel, int64_t k_step, int64_t panel_step, E* chain) {
+void all_taps(PixelRow<E>& pixels, const E* const* row, int64_t row_count, int64_t kernel,
+              int64_t tap_pitch, int64_t pixel_pitch, E* chain) {
   constexpr int L = Vec<E>::lanes, most = most_chains_of(Vec<E>::registers);
-  const int64_t chain_pitch = kernel * L;
   int64_t k = 0;
-  const auto rows_of = [&](auto taps) __attribute__((always_inline)) {
+  const auto rows_of = [&](auto stride, auto taps, int64_t pitch) __attribute__((always_inline)) {
     constexpr int fit = most / taps.value < 8 ? most / taps.value : 8;
-    tap_rows<E, taps.value, fit>(count, grad, grad_step, panel + k * k_step, row, row_count, k_step,
-                                 panel_step, chain + k * L, chain_pitch);
+    tap_rows<stride.value, taps.value, fit>(pixels, row, row_count, k * tap_pitch,
+                                            pixels.column + k * pixels.tap_columns, pitch,
+                                            chain + k * L, kernel * L);
     k += taps.value;
   };
-  while (kernel - k >= 7) rows_of(std::integral_constant<int, 7>{});
-  while (kernel - k >= 5) rows_of(std::integral_constant<int, 5>{});
-  while (kernel - k >= 3) rows_of(std::integral_constant<int, 3>{});
-  while (kernel - k >= 1) rows_of(std::integral_constant<int, 1>{});
+  const std::integral_constant<int, 1> one;
+  const auto sliding = [&](auto stride) {
+    while (kernel - k >= 7) rows_of(stride, std::integral_constant<int, 7>{}, tap_pitch);
+    while (kernel - k >= 5) rows_of(stride, std::integral_constant<int, 5>{}, tap_pitch);
+    while (kernel - k >= 3) rows_of(stride, std::integral_constant<int, 3>{}, tap_pitch);
+  };
+  if (pixel_pitch == tap_pitch)
+    sliding(one);
+  else if (pixel_pitch == 2 * tap_pitch)
+    sliding(std::integral_constant<int, 2>{});
+  while (k < kernel) rows_of(one, one, pixel_pitch);
 }
 
 // total += chain (16-bit types: even + odd); the chains start afresh.
@@ -101,6 +181,164 @@ TNC_INLINE void put_total(Total<T> total, bool keep_total, void* data, int64_t o
     result.store(static_cast<T*>(data) + offset, 1);
 }
 
+// The totals of a block of channels from `first` on, of some term numbers: [number][lane].
+template <class T>
+void read_totals(const ConvProblem& p, int64_t first, int64_t number, int64_t numbers,
+                 Total<T>* totals) {
+  constexpr int L = Vec<Total<T>>::lanes;
+  const int64_t terms = p.shape.group_in() * p.shape.taps();
+  const auto* const earlier = static_cast<const Total<T>*>(p.total);
+  for (int64_t i = 0; i < numbers * L; ++i) {
+    const int64_t oc = first + i % L;
+    totals[i] =
+        earlier && oc < p.shape.out_channels ? earlier[oc * terms + number + i / L] : Total<T>(0);
+  }
+}
+template <class T>
+void write_totals(const ConvProblem& p, int64_t first, int64_t number, int64_t numbers,
+                  const Total<T>* totals) {
+  using V = Vec<Total<T>>;
+  const int64_t* const stride = p.weight.stride;
+  const Axis* const axis = p.shape.axis;
+  const int lanes = static_cast<int>(smaller(V::lanes, p.shape.out_channels - first));
+  for (int64_t i = 0; i < numbers; ++i) {
+    const Position k = Position::of(number + i, p.shape.group_in(), axis[0].kernel, axis[1].kernel,
+                                    axis[2].kernel);
+    const int64_t offset =
+        first * stride[0] + k.c * stride[1] + k.d * stride[2] + k.h * stride[3] + k.w * stride[4];
+    for (int l = 0; l < lanes; ++l)
+      put_total<T>(totals[i * V::lanes + l], p.keep_total, p.weight.data, offset + l * stride[0]);
+  }
+}
+
+// Depthwise, channels_last. A thread has some blocks of channels and goes over bands of rows, block
+// by block. A row of taps that lies in the padding adds products of the gradient with +0: all its
+// taps the same sum.
+template <class T>
+bool grad_weight_in_place(const ConvProblem& p) {
+  using V = Vec<T>;
+  constexpr int L = V::lanes;
+  constexpr int64_t G = group_length<T>, most_rows = 64;
+  const ConvShape& s = p.shape;
+  const RawView &input = p.input, &output = p.output;
+  const Axis &deep = s.axis[0], &high = s.axis[1], &wide = s.axis[2];
+  const int64_t channels = s.groups, blocks = (channels + L - 1) / L;
+  const int64_t plane_rows = deep.kernel * high.kernel, sums = s.taps() * L;
+  if (s.group_in() != 1 || s.group_out() != 1 || input.stride[1] != 1 || output.stride[1] != 1 ||
+      channels < L || blocks < thread_count() || plane_rows > most_rows)
+    return false;
+  // Rows, as many as read few enough lines that the first cache still has them for the next block.
+  const int64_t extent = (high.kernel - 1) * high.dilation + 1;
+  const int64_t band =
+      larger(1, (128 - (extent - high.stride) * wide.in) / (high.stride * wide.in + wide.out));
+  const int64_t rows = deep.out * high.out;
+
+  const auto work = [&](int64_t begin, int64_t end) {
+    const int64_t count = end - begin;
+    Arena& arena = task_arena();
+    arena.reset(2 * Arena::bytes_for<T>(count * sums) +
+                Arena::bytes_for<int64_t>(band * (plane_rows + 1)));
+    T* const totals = arena.take<T>(count * sums);
+    T* const chains = arena.take<T>(count * sums);
+    // For each row of the band where what each row of taps reads lies, or -1; last its gradient.
+    int64_t* const offsets = arena.take<int64_t>(band * (plane_rows + 1));
+    const auto channel = [&](int64_t b) { return smaller((begin + b) * L, channels - L); };
+    std::memset(chains, 0, count * sums * sizeof(T));
+    for (int64_t b = 0; b < count; ++b)
+      read_totals<T>(p, channel(b), 0, s.taps(), totals + b * sums);
+    // The pixels of a row that read no padding lie between `left` and `right`.
+    int64_t left = 0, right = wide.out;
+    while (left < right && wide.input_of(left, 0) < 0) ++left;
+    while (right > left && wide.input_of(right - 1, wide.kernel - 1) >= wide.in) --right;
+
+    for (int64_t n = 0; n < s.batch; ++n) {
+      const T* const sample = static_cast<const T*>(input.data) + n * input.stride[0];
+      const T* const grads = static_cast<const T*>(output.data) + n * output.stride[0];
+      for (int64_t first = 0; first < rows; first += band) {
+        const int64_t last = smaller(first + band, rows);
+        // What the next band reads first is fetched meanwhile, across the end of a sample too.
+        const int64_t far = high.input_of((last - 1) % high.out, high.kernel - 1) + 1 +
+                            deep.input_of((last - 1) / high.out, deep.kernel - 1) * high.in;
+        const T* const input_ahead =
+            sample + larger(0, smaller(far, deep.in * high.in)) * input.stride[3];
+        const T* const grad_ahead = grads + last * output.stride[3];
+        for (int64_t at = first; at < last; ++at) {
+          const int64_t d = at / high.out, h = at % high.out;
+          int64_t* const row = offsets + (at - first) * (plane_rows + 1);
+          row[plane_rows] = d * output.stride[2] + h * output.stride[3];
+          for (int64_t r = 0; r < plane_rows; ++r) {
+            const int64_t id = deep.input_of(d, r / high.kernel);
+            const int64_t ih = high.input_of(h, r % high.kernel);
+            row[r] = deep.holds_input(id) && high.holds_input(ih)
+                         ? id * input.stride[2] + ih * input.stride[3]
+                         : -1;
+          }
+        }
+        for (int64_t b = 0; b < count; ++b) {
+          T* const chain = chains + b * sums;
+          for (int64_t at = first; at < last; ++at) {
+            const int64_t* const row = offsets + (at - first) * (plane_rows + 1);
+            const T* const grad = grads + row[plane_rows] + channel(b);
+            // A block's share of as many rows as this one is of the band.
+            const auto share = [&](const T* ahead, int64_t rows, int64_t row, int64_t columns) {
+              const T* const from =
+                  ahead + (at - first) * rows * row + (begin + b) * rows * columns * L;
+              return Ahead{reinterpret_cast<const char*>(from),
+                           reinterpret_cast<const char*>(from + rows * columns * L)};
+            };
+            PixelRow<T> pixels;
+            pixels.input_ahead = share(input_ahead, high.stride, input.stride[3], wide.in);
+            pixels.grad_ahead = share(grad_ahead, 1, output.stride[3], wide.out);
+            int64_t number = at * wide.out;
+            for (int64_t w = 0; w < wide.out;) {
+              const int64_t next = smaller(wide.out, w + G - number % G);
+              pixels.grad = grad + w * output.stride[4];
+              pixels.grad_pitch = output.stride[4];
+              pixels.left = larger(smaller(left, next) - w, 0);
+              pixels.middle = larger(smaller(right, next) - larger(left, w), 0);
+              pixels.right = next - w - pixels.left - pixels.middle;
+              pixels.column = wide.input_of(w, 0);
+              pixels.tap_columns = wide.dilation;
+              pixels.pixel_columns = wide.stride;
+              pixels.width = wide.in;
+              const T* const corner = sample + channel(b) + pixels.column * input.stride[4];
+              V nothing = V::zero();  // what the products with the padding add up to
+              bool summed = false;
+              for (int64_t r = 0; r < plane_rows;) {
+                int64_t run = 1;
+                while (r + run < plane_rows && (row[r + run] < 0) == (row[r] < 0)) ++run;
+                if (row[r] >= 0) {
+                  const T* start[most_rows];
+                  for (int64_t i = 0; i < run; ++i) start[i] = corner + row[r + i];
+                  all_taps<T>(pixels, start, run, wide.kernel, wide.dilation * input.stride[4],
+                              wide.stride * input.stride[4], chain + r * wide.kernel * L);
+                } else {
+                  for (int64_t i = 0; i < next - w && !summed; ++i)
+                    nothing = fma(V::load(pixels.grad + i * pixels.grad_pitch), V::zero(), nothing);
+                  summed = true;
+                  for (T* c = chain + r * wide.kernel * L; c < chain + (r + run) * wide.kernel * L;
+                       c += L)
+                    (V::load(c) + nothing).store(c);
+                }
+                r += run;
+              }
+              number += next - w;
+              w = next;
+              if (number % G == 0) fold_chains<T>(sums, chain, totals + b * sums);
+            }
+          }
+        }
+      }
+      if (rows * wide.out % G != 0) fold_chains<T>(count * sums, chains, totals);
+    }
+    for (int64_t b = 0; b < count; ++b)
+      write_totals<T>(p, channel(b), 0, s.taps(), totals + b * sums);
+  };
+  const int64_t products = s.batch * s.outputs() * sums;
+  parallel_for(blocks, 1 + worthwhile_products / (products + 1), environment_of<T>, work);
+  return true;
+}
+
 template <class T>
 bool few_channels_grad_weight(const ConvProblem& p) {
   using E = Total<T>;
@@ -110,7 +348,8 @@ bool few_channels_grad_weight(const ConvProblem& p) {
   const ConvShape& s = p.shape;
   const int64_t planes = s.group_in(), kernel = s.axis[2].kernel;
   const int64_t plane_rows = s.axis[0].kernel * s.axis[1].kernel, all_rows = planes * plane_rows;
-  const E* const earlier = static_cast<const E*>(p.total);
+  if constexpr (chains_of<T> == 1)
+    if (grad_weight_in_place<T>(p)) return true;
   if (s.group_out() >= L || all_rows * kernel > 1 << 13) return false;
 
   MapAxis axis[3], grad_axis[3];
@@ -148,11 +387,13 @@ bool few_channels_grad_weight(const ConvProblem& p) {
     Arena& arena = task_arena();
     arena.reset(Arena::bytes_for<E>(panel.size()) + Arena::bytes_for<E>(grad_panel.size()) +
                 Arena::bytes_for<E>(together * sums) +
-                Arena::bytes_for<E>(together * chains_of<T> * sums));
+                Arena::bytes_for<E>(together * chains_of<T> * sums) +
+                Arena::bytes_for<const E*>(all_rows));
     E* const values = arena.take<E>(panel.size());
     E* const grads = arena.take<E>(grad_panel.size());
     E* const totals = arena.take<E>(together * sums);
     E* const chains = arena.take<E>(together * chains_of<T> * sums);
+    const E** const start = arena.take<const E*>(all_rows);  // what each row of taps reads
     for (int64_t task = begin; task < end;) {
       const int64_t first = task / parts, part = task % parts;
       const int64_t team = parts > 1 ? 1 : smaller(together, end - task);
@@ -162,11 +403,9 @@ bool few_channels_grad_weight(const ConvProblem& p) {
       const Lanes lanes(p.input, s.group_out(), planes, s.out_channels, first, team);
       const Lanes grad_lanes(p.output, 1, 1, s.out_channels, first, team);
       std::memset(chains, 0, team * chains_of<T> * count * sizeof(E));
-      for (int64_t i = 0; i < team * count; ++i) {
-        const int64_t oc = (first + i / count) * L + i % L, number = r0 * kernel + i % count / L;
-        totals[i] =
-            earlier && oc < s.out_channels ? earlier[oc * all_rows * kernel + number] : E(0);
-      }
+      const auto channel = [&](int64_t b) { return (first + b) * L; };
+      for (int64_t b = 0; b < team; ++b)
+        read_totals<T>(p, channel(b), r0 * kernel, count / L, totals + b * count);
       const auto fold = [&] {
         for (int64_t b = 0; b < team; ++b)
           fold_chains<T>(count, chains + b * chains_of<T> * count, totals + b * count);
@@ -189,11 +428,16 @@ bool few_channels_grad_weight(const ConvProblem& p) {
                   for (int c = 0; c < chains_of<T>; ++c) {
                     const int64_t at = w + ((number + c) % chains_of<T>);
                     const int64_t pixels = (w + piece - at + chains_of<T> - 1) / chains_of<T>;
-                    all_taps<E>(
-                        pixels, grad_row + b * grad_panel.block_pitch() + at * L, chains_of<T> * L,
-                        panel_row + b * panel.block_pitch() + axis[2].base(at) * L, row + r0,
-                        r1 - r0, kernel, s.axis[2].dilation * L, chains_of<T> * axis[2].step * L,
-                        chains + (b * chains_of<T> + c) * count);
+                    const E* const corner =
+                        panel_row + b * panel.block_pitch() + axis[2].base(at) * L;
+                    for (int64_t r = r0; r < r1; ++r) start[r - r0] = corner + row[r];
+                    PixelRow<E> some{};
+                    some.grad = grad_row + b * grad_panel.block_pitch() + at * L;
+                    some.grad_pitch = chains_of<T> * L;
+                    some.middle = pixels;
+                    all_taps<E>(some, start, r1 - r0, kernel, s.axis[2].dilation * L,
+                                chains_of<T> * axis[2].step * L,
+                                chains + (b * chains_of<T> + c) * count);
                   }
                 w += piece;
                 number += piece;
@@ -203,14 +447,8 @@ bool few_channels_grad_weight(const ConvProblem& p) {
         }
         if (number % G != 0) fold();
       }
-      const int64_t* const ws = p.weight.stride;
-      for (int64_t i = 0; i < team * count; ++i) {
-        const int64_t oc = (first + i / count) * L + i % L, number = r0 * kernel + i % count / L;
-        if (oc >= s.out_channels) continue;
-        const Position k = Position::of(number, planes, s.axis[0].kernel, s.axis[1].kernel, kernel);
-        put_total<T>(totals[i], p.keep_total, p.weight.data,
-                     oc * ws[0] + k.c * ws[1] + k.d * ws[2] + k.h * ws[3] + k.w * ws[4]);
-      }
+      for (int64_t b = 0; b < team; ++b)
+        write_totals<T>(p, channel(b), r0 * kernel, count / L, totals + b * count);
     }
   };
   const int64_t products = s.batch * s.outputs() * L * all_rows * kernel / parts;

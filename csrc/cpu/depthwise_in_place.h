@@ -1,168 +1,265 @@
-// Forward and grad_input of depthwise channels_last tensors: lanes are channels, and the source is
-// read where it lies. Start reading at map_in_place.
+// Forward and grad_input of depthwise channels_last tensors: lanes are channels, and both tensors
+// are used where they lie. Start reading at map_in_place, at the end.
 //
 // A task is a row of the result; it goes over it in tiles of up to 8 pixels, all channels of a tile
-// before the next, so that memory is touched in its order. Rows of taps beyond the tensor are left
-// out, which is exact for finite weights. Tiles at the ends of a row, which may read beyond it,
-// copy what they read into a small zero-padded border first.
+// before the next, so that memory is touched in its order. Taps beyond the tensor are left out,
+// which is exact for finite weights. Of a grad_input of stride 2 a tile holds the pixels of both
+// phases, so that a vector of the gradient is loaded once for both.
 #pragma once
 
-#include "depthwise_blocks.h"
+#include "depthwise_geometry.h"
 
 namespace torch_naiveconv::TNC_ISA {
 
-// Runs know their row of taps and their distance in pixels.
-template <class T>
-struct RowsSource {
-  const T* const* row;  // of taps: what it reads at the tile's first pixel
-  int64_t step, pixel;
-
-  TNC_INLINE const T* of(const MapRun& r) const {
-    return row[r.row] ? row[r.row] + r.source * pixel : nullptr;
+// Which pixels a tile's columns meet, `stride` being that of the layer along w (1 if the columns
+// between two pixels are left out):
+//   forward     pixel i meets tap k in column i * stride + k
+//   grad_input  pixel i meets tap k in column (i - k + length - 1) / stride, if that is exact
+//               (length - 1 rounded down to a multiple of the stride)
+template <int stride, bool transposed>
+struct TileColumns {
+  static constexpr int count(int pixels, int length) {
+    return transposed ? (pixels - 1) / stride + 1 + (length - 1) / stride
+                      : (pixels - 1) * stride + length;
+  }
+  static constexpr int tap(int pixel, int column, int length) {
+    return transposed ? pixel - stride * (column - (length - 1) / stride) : column - pixel * stride;
   }
 };
 
+// acc[i] += `length` taps; a vector is loaded once for all the pixels that read it. Columns are met
+// in the order in which each pixel meets its taps: grad_input from right to left. With `edge`
+// columns outside [first, end) do not exist.
+template <class V, class Columns, int length, bool transposed, bool edge, int pixels, class T>
+TNC_INLINE void add_taps(V (&acc)[pixels], const T* source, int64_t pitch, int first, int end,
+                         const T* weights) {
+  constexpr int columns = Columns::count(pixels, length);
+  V w[length];
+#pragma GCC unroll 8
+  for (int k = 0; k < length; ++k) w[k] = V::load(weights + k * V::lanes);
+  if (transposed) source += (columns - 1) * pitch, pitch = -pitch;
+#pragma GCC unroll 24
+  for (int n = 0; n < columns; ++n, source += pitch) {
+    const int column = transposed ? columns - 1 - n : n;
+    if (edge && (column < first || column >= end)) continue;
+    const V x = V::load(source);
+#pragma GCC unroll 8
+    for (int i = 0; i < pixels; ++i) {
+      const int k = Columns::tap(i, column, length);
+      if (k >= 0 && k < length) acc[i] = fma(x, w[k], acc[i]);
+    }
+  }
+}
+
+// Neighbouring taps of a row of the kernel.
+struct TapRun {
+  int first, length;
+  int64_t column;        // the first that a tile reads, counted from the tile's base
+  int64_t offset;        // of that column in a row of the tensor,
+  int first_there, end;  // and which of the tile's columns lie in it
+};
+
+template <class T>
+struct InPlacePlan {
+  MapAxis axis[3];
+  RawView source, written;
+  const T *weights, *bias;  // weights[block][tap][lane]; the last block ends with the last channel
+  int64_t channels, taps;
+  TapRun run[128];
+  int runs;
+  int64_t spacing;  // from one column of a tile to the next
+};
+
+// A row of taps that lies in the tensor.
+template <class T>
+struct TapRow {
+  const T* source;  // its column 0
+  int64_t weights;
+};
+
+// A tile of `pixels` from pixel w on, all channels.
+template <class T, int stride, bool transposed, int pixels, bool edge>
+void in_place_tile(const InPlacePlan<T>& plan, const TapRow<T>* rows, int row_count,
+                   const TapRun* runs, int64_t w, T* to, const T* ahead) {
+  using V = Vec<T>;
+  using Columns = TileColumns<stride, transposed>;
+  constexpr int L = V::lanes, line = 64 / sizeof(T);
+  const int64_t pitch = plan.spacing * plan.source.stride[4];
+  const int64_t new_rows = smaller(plan.axis[1].step, 2);
+  const int64_t new_elements = pixels * smaller(plan.axis[2].step, 2) / plan.axis[2].period * L;
+  const int64_t out_pixel = plan.written.stride[4], out_row = plan.written.stride[3];
+  const int64_t blocks = (plan.channels + L - 1) / L;
+  const int first = edge && w < 0 ? static_cast<int>(-w) : 0;
+  const int end = edge ? static_cast<int>(smaller(pixels, plan.axis[2].written - w)) : pixels;
+  to += w * out_pixel;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t channel = smaller(b * L, plan.channels - L);
+    const T* const weights = plan.weights + b * plan.taps * L;
+    for (int64_t r = 0; r < new_rows; ++r)
+      for (int64_t i = 0; i < new_elements; i += line)
+        prefetch(ahead + r * plan.source.stride[3] + b * new_elements + i);
+    for (int64_t i = 0; i < pixels * L; i += line) prefetch(to + out_row + b * pixels * L + i);
+    V acc[pixels];
+#pragma GCC unroll 8
+    for (int i = 0; i < pixels; ++i) acc[i] = V::zero();
+    for (int r = 0; r < row_count; ++r)
+      for (int j = 0; j < plan.runs; ++j) {
+        const TapRun& run = runs[j];
+        const T* const from = rows[r].source + channel + run.offset;
+        const T* const taps = weights + rows[r].weights + run.first * L;
+        const auto add = [&](auto length) __attribute__((always_inline)) {
+          add_taps<V, Columns, length.value, transposed, edge>(acc, from, pitch, run.first_there,
+                                                               run.end, taps);
+        };
+        if (run.length == 3)
+          add(std::integral_constant<int, 3>{});
+        else if (run.length == 5)
+          add(std::integral_constant<int, 5>{});
+        else if (run.length == 4)
+          add(std::integral_constant<int, 4>{});
+        else if (V::registers == 32 && run.length == 7)
+          add(std::integral_constant<int, 7>{});
+        else
+          add(std::integral_constant<int, 1>{});
+      }
+    const V bias = V::load(plan.bias + channel);
+#pragma GCC unroll 8
+    for (int i = 0; i < pixels; ++i) {
+      if (edge && (i < first || i >= end)) continue;
+      canonical(V::zero() + acc[i] + bias).store(to + channel + i * out_pixel);
+    }
+  }
+}
+
+// Rows [begin, end) of the result.
+template <class T, int stride, bool transposed>
+void in_place_rows(const InPlacePlan<T>& plan, int64_t begin, int64_t end) {
+  using Columns = TileColumns<stride, transposed>;
+  constexpr bool phases = transposed && stride > 1;
+  const MapAxis* const axis = plan.axis;
+  const RawView &source = plan.source, &written = plan.written;
+  TapRun runs[128];
+  for (int j = 0; j < plan.runs; ++j) runs[j] = plan.run[j];
+  for (int64_t piece = begin; piece < end; ++piece) {
+    const int64_t h = piece % axis[1].written, d = piece / axis[1].written % axis[0].written;
+    const int64_t n = piece / axis[1].written / axis[0].written;
+    const T* const sample = static_cast<const T*>(source.data) + n * source.stride[0];
+    TapRow<T> rows[128];
+    int row_count = 0;
+    for (int64_t kd = 0; kd < axis[0].kernel; ++kd)
+      for (int64_t kh = 0; kh < axis[1].kernel; ++kh) {
+        if (!axis[0].meets(d % axis[0].period, kd) || !axis[1].meets(h % axis[1].period, kh))
+          continue;
+        const int64_t at_d = axis[0].base(d) + axis[0].shift(d % axis[0].period, kd);
+        const int64_t at_h = axis[1].base(h) + axis[1].shift(h % axis[1].period, kh);
+        if (at_d >= 0 && at_d < axis[0].source && at_h >= 0 && at_h < axis[1].source)
+          rows[row_count++] = {sample + at_d * source.stride[2] + at_h * source.stride[3],
+                               (kd * axis[1].kernel + kh) * axis[2].kernel * Vec<T>::lanes};
+      }
+    T* const to = static_cast<T*>(written.data) + n * written.stride[0] + d * written.stride[2] +
+                  h * written.stride[3];
+    // The processor does not see rows coming that are read a few channels at a time: those that the
+    // next row of the result reads first are fetched ahead.
+    const T* const ahead =
+        sample + axis[0].base(d) * source.stride[2] +
+        (axis[1].base(h) + 1 +
+         larger(axis[1].numerator(0), axis[1].numerator(axis[1].kernel - 1)) / axis[1].period) *
+            source.stride[3];
+    const auto tile = [&](auto constant, int64_t w) {
+      constexpr int pixels = constant.value;
+      const int64_t base = phases ? (w + axis[2].pad) / stride : axis[2].base(w);
+      bool edge = w < 0 || w + pixels > axis[2].written;
+      for (int j = 0; j < plan.runs; ++j) {
+        const int64_t column = base + runs[j].column, spacing = plan.spacing;
+        const int columns = Columns::count(pixels, runs[j].length);
+        runs[j].offset = column * source.stride[4];
+        runs[j].first_there = 0, runs[j].end = columns;
+        if (column >= 0 && column + (columns - 1) * spacing < axis[2].source) continue;
+        edge = true;
+        const int64_t first_there = larger(0, -floor_div(column, spacing));
+        const int64_t end = -floor_div(column - axis[2].source, spacing);
+        runs[j].first_there = static_cast<int>(smaller(first_there, columns));
+        runs[j].end = static_cast<int>(larger(0, smaller(end, columns)));
+      }
+      const auto run = edge ? in_place_tile<T, stride, transposed, pixels, true>
+                            : in_place_tile<T, stride, transposed, pixels, false>;
+      run(plan, rows, row_count, runs, w, to, ahead + base * source.stride[4]);
+    };
+    // Stride phases: a tile begins where tap 0 meets a column.
+    int64_t w = phases ? -(axis[2].pad % stride) : 0;
+    const int64_t span = axis[2].written - w;
+    const bool sevens = !phases && (span + 6) / 7 * 7 < (span + 7) / 8 * 8;
+    while (w < axis[2].written) {
+      if (axis[2].written - w <= 4)
+        tile(std::integral_constant<int, 4>{}, w), w += 4;
+      else if (!sevens)
+        tile(std::integral_constant<int, 8>{}, w), w += 8;
+      else if constexpr (!phases)
+        tile(std::integral_constant<int, 7>{}, w), w += 7;
+    }
+  }
+}
+
 template <class T>
 bool map_in_place(const ConvProblem& p) {
-  using E = Total<T>;
-  using V = Vec<E>;
-  constexpr int L = V::lanes;
-  constexpr int64_t widest_tile = 8, most_rows = 64;
+  constexpr int L = Vec<T>::lanes;
   const ConvShape& s = p.shape;
   const bool transposed = p.direction == Direction::grad_input;
-  const int64_t channels = s.groups, blocks = (channels + L - 1) / L, numbers = s.taps();
-  const RawView& source = transposed ? p.output : p.input;
-  const RawView& written = transposed ? p.input : p.output;
-  MapAxis axis[3];
-  for (int a = 0; a < 3; ++a) axis[a] = MapAxis::of(s.axis[a], transposed);
-  const int64_t phases[3] = {axis[0].phases(), axis[1].phases(), axis[2].phases()};
-  const int64_t phase_count = phases[0] * phases[1] * phases[2];
-  const int64_t rows_of_taps = axis[0].kernel * axis[1].kernel;
-  const int64_t reach = (axis[2].kernel - 1) * axis[2].dilation;
-  if (s.group_in() != 1 || s.group_out() != 1 || source.stride[1] != 1 || written.stride[1] != 1 ||
-      channels < L || axis[2].source < 5 * reach || axis[2].period > 1 ||
-      rows_of_taps > most_rows || phase_count > 4096)
+  InPlacePlan<T> plan;
+  plan.source = transposed ? p.output : p.input;
+  plan.written = transposed ? p.input : p.output;
+  plan.channels = s.groups;
+  plan.taps = s.taps();
+  for (int a = 0; a < 3; ++a) plan.axis[a] = MapAxis::of(s.axis[a], transposed);
+  const Axis& along = s.axis[2];
+  const int kernel = static_cast<int>(along.kernel);
+  const bool phases = transposed && along.stride == 2;
+  if (s.group_in() != 1 || s.group_out() != 1 || plan.channels < L || plan.taps > group_length<T> ||
+      plan.source.stride[1] != 1 || plan.written.stride[1] != 1)
+    return false;
+  if (transposed && along.stride > 1 &&
+      (!phases || along.dilation > 1 || kernel < 3 || kernel == 6 || kernel > 7))
     return false;
 
-  const int64_t most_chains = chains_of<T> * (numbers / group_length<T> + 1) * phase_count;
-  Arena& plan = plan_arena();
-  plan.reset(Arena::bytes_for<E>(blocks * numbers * L) + Arena::bytes_for<MapRun>(numbers) +
-             Arena::bytes_for<int32_t>(most_chains) + Arena::bytes_for<int32_t>(phase_count + 1) +
-             Arena::bytes_for<E>(channels));
-  E* const weights = plan.take<E>(blocks * numbers * L);
-  TermLists lists;
-  lists.runs = plan.take<MapRun>(numbers);
-  lists.chain_end = plan.take<int32_t>(most_chains);
-  lists.phase_begin = plan.take<int32_t>(phase_count + 1);
-  E* const bias = plan.take<E>(channels);
-  if (!pack_weights<T>(p, channels, 1, 1, L, true, weights)) return false;
-  for (int64_t c = 0; c < channels; ++c)
-    bias[c] = p.bias ? widened(static_cast<const T*>(p.bias)[c]) : E(0);
-  list_terms<T>(
-      axis, phases, PanelShape{1, 1, {0, 0, 0}, L}, true,
-      [&](int64_t phase, int64_t k) { return axis[2].shift(phase, k); }, lists);
+  // Taps slide if neighbouring ones lie in neighbouring columns of the tile.
+  const bool every = transposed || (along.stride == 2 && along.dilation == 1);
+  const int stride = every ? static_cast<int>(along.stride) : 1;
+  plan.spacing = every ? 1 : along.stride;
+  const bool sliding = along.dilation == plan.spacing;
+  plan.runs = 0;
+  for (int k = 0; k < kernel;) {
+    const int left = kernel - k;
+    int length = left <= 5 || (left == 7 && Vec<T>::registers == 32) ? left
+                 : left <= 8                                         ? (left + 1) / 2
+                                                                     : 5;
+    if (!sliding || length < 3) length = 1;
+    TapRun& run = plan.run[plan.runs++];
+    run = {k, length, k * along.dilation - along.pad, 0, 0, 0};
+    if (phases)
+      run.column = -k / stride - (length - 1) / stride;
+    else if (transposed)
+      run.column = along.pad - (k + length - 1) * along.dilation;
+    k += length;
+  }
 
-  const int64_t period = axis[2].period, step = axis[2].step;
-  const int64_t border_columns = (widest_tile - 1) * step + reach + 1;
-  const auto work = [&](int64_t begin, int64_t end) {
-    Arena& arena = task_arena();
-    arena.reset(Arena::bytes_for<T>(rows_of_taps * border_columns * L));
-    T* const border = arena.take<T>(rows_of_taps * border_columns * L);
-    for (int64_t piece = begin; piece < end; ++piece) {
-      const int64_t h = piece % axis[1].written, d = piece / axis[1].written % axis[0].written;
-      const int64_t n = piece / axis[1].written / axis[0].written;
-      const int64_t qd = d % axis[0].period, qh = h % axis[1].period;
-      const T* const sample = static_cast<const T*>(source.data) + n * source.stride[0];
-      T* const to = static_cast<T*>(written.data) + n * written.stride[0] + d * written.stride[2] +
-                    h * written.stride[3];
-      const T* const ahead =  // the last row that the next row of the result reads
-          sample + axis[0].base(d) * source.stride[2] +
-          (axis[1].base(h) + axis[1].step +
-           larger(axis[1].numerator(0), axis[1].numerator(axis[1].kernel - 1)) / axis[1].period) *
-              source.stride[3];
-      const T* row[most_rows];  // what each row of taps reads
-      for (int64_t kd = 0; kd < axis[0].kernel; ++kd)
-        for (int64_t kh = 0; kh < axis[1].kernel; ++kh) {
-          const T*& start = row[kd * axis[1].kernel + kh];
-          start = nullptr;
-          if (!axis[0].meets(qd, kd) || !axis[1].meets(qh, kh)) continue;
-          const int64_t at_d = axis[0].base(d) + axis[0].shift(qd, kd);
-          const int64_t at_h = axis[1].base(h) + axis[1].shift(qh, kh);
-          if (at_d >= 0 && at_d < axis[0].source && at_h >= 0 && at_h < axis[1].source)
-            start = sample + at_d * source.stride[2] + at_h * source.stride[3];
-        }
-      for (int64_t qw = 0; qw < smaller(period, axis[2].written); ++qw) {
-        const int64_t phase = (qd * phases[1] + qh) * phases[2] + qw;
-        const int32_t chain = lists.phase_begin[phase], last = lists.phase_begin[phase + 1];
-        // The columns that the taps of this phase read, from a pixel's base.
-        int64_t nearest = INT64_MAX, farthest = INT64_MIN;
-        for (int64_t k = 0; k < axis[2].kernel; ++k)
-          if (axis[2].meets(qw, k)) {
-            nearest = smaller(nearest, axis[2].shift(qw, k));
-            farthest = larger(farthest, axis[2].shift(qw, k));
-          }
-        if (nearest > farthest) nearest = farthest = 0;
-        const int64_t all = (axis[2].written - qw + period - 1) / period;
-        int64_t left = 0, right = all;  // pixels between them read no padding
-        while (left < all && axis[2].base(qw + left * period) + nearest < 0) ++left;
-        while (right > left && axis[2].base(qw + (right - 1) * period) + farthest >= axis[2].source)
-          --right;
-        int64_t done = 0;
-        const auto tile = [&](auto pixels) {
-          constexpr int count = pixels.value;
-          const int64_t base = axis[2].base(qw + done * period);
-          const int64_t first = base + nearest, end = base + (count - 1) * step + farthest + 1;
-          const bool inside = first >= 0 && end <= axis[2].source;
-          const int64_t lead = lists.backwards ? count - 1 : 0;
-          const int64_t sense = lists.backwards ? -1 : 1;
-          const int64_t pixel = inside ? source.stride[4] : L;
-          T* const out = to + (qw + (done + lead) * period) * written.stride[4];
-          for (int64_t b = 0; b < blocks; ++b) {
-            const int64_t channel = smaller(b * L, channels - L);
-            if (channel * int64_t{sizeof(T)} % 64 == 0) {
-              // The processor does not see rows coming that are read a few channels at a time.
-              for (int64_t r = 0; r < axis[1].step; ++r)
-                for (int64_t i = 0; i < count * step; ++i)
-                  prefetch(ahead - r * source.stride[3] + (base + i) * source.stride[4] + channel);
-              for (int i = 0; i < count; ++i)
-                prefetch(out + channel + written.stride[3] * axis[1].period +
-                         sense * i * period * written.stride[4]);
-            }
-            const T* start[most_rows];
-            for (int64_t r = 0; r < rows_of_taps; ++r) {
-              start[r] = nullptr;
-              if (row[r] == nullptr) continue;
-              if (inside) {
-                start[r] = row[r] + channel + (base + lead * step) * pixel;
-                continue;
-              }
-              T* const copy = border + r * border_columns * L;
-              for (int64_t w = first; w < end; ++w) {
-                const bool there = w >= 0 && w < axis[2].source;
-                if (there)
-                  std::memcpy(copy + (w - first) * L, row[r] + channel + w * source.stride[4],
-                              L * sizeof(T));
-                else
-                  std::memset(static_cast<void*>(copy + (w - first) * L), 0, L * sizeof(T));
-              }
-              start[r] = copy + (lead * step - nearest) * L;
-            }
-            map_tile<T, count>(lists, chain, last, weights + b * numbers * L,
-                               V::load(bias + channel),
-                               RowsSource<T>{start, sense * step * pixel, pixel}, out + channel,
-                               sense * period * written.stride[4], L);
-          }
-          done += count;
-        };
-        in_tiles(left, tile);
-        in_tiles(right - left, tile);
-        in_tiles(all - right, tile);
-      }
-    }
-  };
-  const int64_t products = axis[2].written * channels * numbers;
-  parallel_for(s.batch * axis[0].written * axis[1].written,
-               1 + worthwhile_products / (products + 1), environment_of<T>, work);
+  const int64_t blocks = (plan.channels + L - 1) / L;
+  Arena& arena = plan_arena();
+  arena.reset(Arena::bytes_for<T>(blocks * plan.taps * L) + Arena::bytes_for<T>(plan.channels));
+  T* const weights = arena.take<T>(blocks * plan.taps * L);
+  T* const bias = arena.take<T>(plan.channels);
+  if (!pack_weights<T>(p, plan.channels, 1, 1, L, true, weights)) return false;
+  for (int64_t c = 0; c < plan.channels; ++c)
+    bias[c] = p.bias ? static_cast<const T*>(p.bias)[c] : T(0);
+  plan.weights = weights;
+  plan.bias = bias;
+
+  const auto rows = transposed ? stride == 2 ? in_place_rows<T, 2, true> : in_place_rows<T, 1, true>
+                    : stride == 2 ? in_place_rows<T, 2, false>
+                                  : in_place_rows<T, 1, false>;
+  const auto work = [&](int64_t begin, int64_t end) { rows(plan, begin, end); };
+  const int64_t products = plan.axis[2].written * plan.channels * plan.taps;
+  parallel_for(s.batch * plan.axis[0].written * plan.axis[1].written,
+               1 + worthwhile_products / (products + 1), FloatEnvironment::gradual, work);
   return true;
 }
 

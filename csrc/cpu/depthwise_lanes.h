@@ -91,7 +91,8 @@ struct ChannelLanes {
   // row[channel of lane][i * w_stride] = panel[i][lane], rounded to T, for i < n; one block.
   void put(const E* panel, int64_t n, T* row) const {
     if (kind == rows) {
-      for (int64_t i = 0; i < n; i += L) {
+      for (int64_t next = 0; next < n; next += L) {
+        const int64_t i = smaller(next, larger(n - L, 0));  // the last may overlap the one before
         const int m = static_cast<int>(smaller(L, n - i));
         V block[L];
 #pragma GCC unroll 16
@@ -120,7 +121,8 @@ struct ChannelLanes {
 
   void fetch_plane(const T* row, const int64_t* lane, int64_t n, E* panel) const {
     if (kind == rows) {
-      for (int64_t i = 0; i < n; i += L) {
+      for (int64_t next = 0; next < n; next += L) {
+        const int64_t i = smaller(next, larger(n - L, 0));  // the last may overlap the one before
         const int m = static_cast<int>(smaller(L, n - i));
         V block[L];
         if (m == L) {

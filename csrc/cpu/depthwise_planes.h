@@ -26,6 +26,7 @@ struct PlanePhase {
   const Total<T>* weights;  // by term number
   Total<T> bias;
   int64_t sets, w_step;  // sliding: (source channel, kd) pairs, and from tap to tap along w
+  int32_t odd_chain, odd_last_chain;  // pairs: of the other phase along w
 };
 
 // Some rows of some vectors. The last vector of a row may overlap the one before.
@@ -40,10 +41,22 @@ struct PlaneTile {
   int64_t rows, first, end;  // written rows, source rows
   const T* ahead;            // what is read next, fetched meanwhile
   int64_t ahead_step;
+  int64_t next_out;  // from a written row to the one that is fetched meanwhile
 };
 
 template <class T>
 using PlaneTileFunction = void (*)(const PlanePhase<T>&, const PlaneTile<T>&);
+
+// Vector c of the `vecs` of a row.
+template <class T, int vecs>
+TNC_INLINE void store_plane_vector(Vec<Total<T>> result, const PlaneTile<T>& tile, T* row, int c) {
+  constexpr int L = Vec<Total<T>>::lanes;
+  T* const to = row + (c + 1 < vecs ? c * L : tile.last);
+  if (vecs > 1 || tile.lanes >= L)
+    result.store(to);
+  else
+    result.store(to, tile.lanes);
+}
 
 template <class T, int rows, int vecs>
 TNC_INLINE void store_plane_tile(const Vec<Total<T>> (&total)[rows][vecs],
@@ -54,37 +67,25 @@ TNC_INLINE void store_plane_tile(const Vec<Total<T>> (&total)[rows][vecs],
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i, out += tile.out_step)
 #pragma GCC unroll 8
-    for (int c = 0; c < vecs; ++c) {
-      const V result = canonical(total[i][c] + bias);
-      T* const to = out + (c + 1 < vecs ? c * V::lanes : tile.last);
-      if (vecs > 1 || tile.lanes >= V::lanes)
-        result.store(to);
-      else
-        result.store(to, tile.lanes);
-    }
+    for (int c = 0; c < vecs; ++c)
+      store_plane_vector<T, vecs>(canonical(total[i][c] + bias), tile, out, c);
 }
 
-// Any list of terms, one by one.
-template <class T, int rows, int vecs>
+// Any list of terms, one by one: of one phase, or of both of a stride of 2 along w, whose results
+// alternate in a row.
+template <class T, int phases, int rows, int vecs>
 void list_tile(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
   using E = Total<T>;
   using V = Vec<E>;
-  V total[rows][vecs];
-  const auto clear = [](V(&acc)[rows][vecs]) __attribute__((always_inline)) {
+  V total[phases][rows][vecs];
+  const auto each = [](const auto& what) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
-      for (int c = 0; c < vecs; ++c) acc[i][c] = V::zero();
+      for (int c = 0; c < vecs; ++c) what(i, c);
   };
-  const auto add = [](V(&acc)[rows][vecs], const V(&more)[rows][vecs])
-                       __attribute__((always_inline)) {
-#pragma GCC unroll 8
-                         for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 8
-                           for (int c = 0; c < vecs; ++c) acc[i][c] = acc[i][c] + more[i][c];
-                       };
   const auto run = [&](V(&acc)[rows][vecs], int32_t chain) __attribute__((always_inline)) {
-    clear(acc);
+    each([&](int i, int c) __attribute__((always_inline)) { acc[i][c] = V::zero(); });
     const MapRun* const end = phase.lists.runs + phase.lists.chain_end[chain];
     for (const MapRun* r = phase.lists.runs + (chain ? phase.lists.chain_end[chain - 1] : 0);
          r < end; ++r) {
@@ -97,18 +98,40 @@ void list_tile(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
           acc[i][c] = fma(V::load(from + (c + 1 < vecs ? c * V::lanes : tile.last)), w, acc[i][c]);
     }
   };
-  clear(total);
-  for (int32_t chain = phase.chain; chain < phase.last_chain; chain += chains_of<T>) {
-    V acc[rows][vecs];
-    run(acc, chain);
-    if constexpr (chains_of<T> == 2) {
-      V odd[rows][vecs];
-      run(odd, chain + 1);
-      add(acc, odd);
+  const auto sum = [&](V(&sum)[rows][vecs], int32_t chain,
+                       int32_t last) __attribute__((always_inline)) {
+    each([&](int i, int c) __attribute__((always_inline)) { sum[i][c] = V::zero(); });
+    for (; chain < last; chain += chains_of<T>) {
+      V acc[rows][vecs];
+      run(acc, chain);
+      if constexpr (chains_of<T> == 2) {
+        V odd[rows][vecs];
+        run(odd, chain + 1);
+        each([&](int i, int c)
+                 __attribute__((always_inline)) { acc[i][c] = acc[i][c] + odd[i][c]; });
+      }
+      each([&](int i, int c) __attribute__((always_inline)) { sum[i][c] = sum[i][c] + acc[i][c]; });
     }
-    add(total, acc);
+  };
+  sum(total[0], phase.chain, phase.last_chain);
+  if constexpr (phases == 1) {
+    store_plane_tile<T, rows, vecs>(total[0], phase, tile);
+  } else {
+    sum(total[1], phase.odd_chain, phase.odd_last_chain);
+    const V bias = V::broadcast(phase.bias);
+    each([&](int i, int c) __attribute__((always_inline)) {
+      V low, high;
+      V::merge(canonical(total[0][i][c] + bias), canonical(total[1][i][c] + bias), low, high);
+      T* const to = tile.out + i * tile.out_step + 2 * (c + 1 < vecs ? c * V::lanes : tile.last);
+      if (vecs > 1 || tile.lanes >= V::lanes) {
+        low.store(to);
+        high.store(to + V::lanes);
+      } else {
+        low.store(to, static_cast<int>(smaller(2 * tile.lanes, V::lanes)));
+        high.store(to + V::lanes, static_cast<int>(larger(2 * tile.lanes - V::lanes, 0)));
+      }
+    });
   }
-  store_plane_tile<T, rows, vecs>(total, phase, tile);
 }
 
 // A square kernel of stride and dilation 1 and one group of terms, of several source planes: a
@@ -217,11 +240,8 @@ void roll_strip(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
         const V result = canonical(fold(i, c) + bias);
         if (cut) total[i][c] = V::zero();
         if (done < 0) continue;
-        T* const to = out + (c + 1 < vecs ? c * V::lanes : tile.last);
-        if (vecs > 1 || tile.lanes >= V::lanes)
-          result.store(to);
-        else
-          result.store(to, tile.lanes);
+        prefetch(out + tile.next_out + c * V::lanes);
+        store_plane_vector<T, vecs>(result, tile, out, c);
       }
       if (done + 1 == tile.rows) return;
       out += tile.out_step;
@@ -229,7 +249,7 @@ void roll_strip(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
 }
 
 // What is made of the rows and columns of a phase.
-enum class PlaneWay { list, slide, roll };
+enum class PlaneWay { list, pairs, slide, roll };
 
 constexpr int tile_rows[] = {1, 2, 4, 5, 7};
 
@@ -246,8 +266,11 @@ template <class T, PlaneWay way, int kernel, int rows, int vecs>
 constexpr PlaneTileFunction<T> plane_tile() {
   if constexpr (way == PlaneWay::roll) {
     if constexpr (vecs <= widest_strip<T>(kernel)) return roll_strip<T, kernel, vecs>;
+  } else if constexpr (way == PlaneWay::pairs) {
+    if constexpr (tile_fits(2 * rows, vecs, Vec<Total<T>>::registers))
+      return list_tile<T, 2, rows, vecs>;
   } else if constexpr (tile_fits(rows, vecs, Vec<Total<T>>::registers)) {
-    if constexpr (way == PlaneWay::list) return list_tile<T, rows, vecs>;
+    if constexpr (way == PlaneWay::list) return list_tile<T, 1, rows, vecs>;
     if constexpr (way == PlaneWay::slide) return slide_tile<T, kernel, rows, vecs>;
   }
   return nullptr;
@@ -293,6 +316,7 @@ PlaneTileFunction<T> plane_tile(PlaneWay way, int64_t kernel, int64_t rows, int6
     if (way == PlaneWay::slide)
       return kernel == 3 ? plane_tile<T, PlaneWay::slide, 3>(rows, vecs)
                          : plane_tile<T, PlaneWay::slide, 5>(rows, vecs);
+  if (way == PlaneWay::pairs) return plane_tile<T, PlaneWay::pairs, 0>(rows, vecs);
   return plane_tile<T, PlaneWay::list, 0>(rows, vecs);
 }
 
@@ -300,8 +324,8 @@ PlaneTileFunction<T> plane_tile(PlaneWay way, int64_t kernel, int64_t rows, int6
 template <class T>
 struct PlaneTiling {
   static constexpr int L = Vec<Total<T>>::lanes;
-  int64_t rows = 0, columns = 0, tile_rows = 1;
-  PlaneTileFunction<T> function[9] = {};  // by the number of vectors
+  int64_t rows = 0, columns = 0, tile_rows = 1, parts = 1;  // parts: phases in a tile
+  PlaneTileFunction<T> function[9] = {};                    // by the number of vectors
 
   // The next tile's vectors if `left` are left of a row.
   int64_t next(int64_t left) const {
@@ -313,14 +337,15 @@ struct PlaneTiling {
 
   PlaneTiling() = default;
   PlaneTiling(int64_t rows, int64_t columns, PlaneWay way, int64_t kernel)
-      : rows(rows), columns(columns) {
+      : rows(rows), columns(columns), parts(way == PlaneWay::pairs ? 2 : 1) {
     const int widest = static_cast<int>(smaller((columns + L - 1) / L, 3));
     // Chains wait for each other where few are under way.
     if (way == PlaneWay::roll && kernel * widest * chains_of<T> < 5) way = PlaneWay::list;
     int64_t best = INT64_MAX;
     for (const int some : TNC_ISA::tile_rows) {  // the loads of a tile grow slower than its rows
       const int64_t cost = (rows + some - 1) / some * (some + 1);
-      if (some > rows || !tile_fits(some, widest, Vec<Total<T>>::registers) || cost > best)
+      if (some > rows || cost > best ||
+          !tile_fits(static_cast<int>(some * parts), widest, Vec<Total<T>>::registers))
         continue;
       best = cost;
       tile_rows = some;
@@ -340,7 +365,7 @@ struct PlaneTiling {
       function[some](phase, tile);
       v += some;
       tile.source += some * L;
-      tile.out += some * L;
+      tile.out += some * L * parts;
       tile.ahead += some * L;
     }
   }
@@ -441,15 +466,11 @@ bool map_planes(const ConvProblem& p) {
   const int64_t part = (panel.extent[2] + step_w - 1) / step_w;  // of a row, of one remainder
   panel.extent[2] = part * step_w;
 
-  const int64_t most_chains = chains_of<T> * (numbers / group_length<T> + 1) * phase_count;
   Arena& plan = plan_arena();
-  plan.reset(Arena::bytes_for<E>(channels * numbers) + Arena::bytes_for<MapRun>(numbers) +
-             Arena::bytes_for<int32_t>(most_chains) + Arena::bytes_for<int32_t>(phase_count + 1));
+  plan.reset(Arena::bytes_for<E>(channels * numbers) +
+             TermLists::bytes_for<T>(numbers, phase_count));
   E* const weights = plan.take<E>(channels * numbers);
-  TermLists lists;
-  lists.runs = plan.take<MapRun>(numbers);
-  lists.chain_end = plan.take<int32_t>(most_chains);
-  lists.phase_begin = plan.take<int32_t>(phase_count + 1);
+  TermLists lists = TermLists::take<T>(plan, numbers, phase_count);
   const bool finite = pack_weights<T>(p, channels, group, planes, 1, false, weights);
   if (transposed && !finite) return false;
   const int64_t nearest = smaller(axis[2].numerator(0), axis[2].numerator(axis[2].kernel - 1));
@@ -464,12 +485,15 @@ bool map_planes(const ConvProblem& p) {
   const int64_t kernel = axis[1].kernel;
   bool plain = kernel == axis[2].kernel && (kernel == 3 || kernel == 5 || kernel == 7);
   for (int a = 0; a < 3; ++a) plain = plain && s.axis[a].stride == 1 && s.axis[a].dilation == 1;
-  const PlaneWay way = !plain                       ? PlaneWay::list
+  const bool pairs = period_w == 2 && chunks.count[2] == 1 && axis[2].written % 2 == 0;
+  const PlaneWay way = pairs                        ? PlaneWay::pairs
+                       : !plain                     ? PlaneWay::list
                        : numbers == kernel * kernel ? PlaneWay::roll
                        : kernel < 7 && numbers <= group_length<T> && chains_of<T> == 1
                            ? PlaneWay::slide
                            : PlaneWay::list;
-  const bool upwards = transposed && way != PlaneWay::list;  // the order in which taps read rows
+  const bool upwards = transposed && (way == PlaneWay::slide ||
+                                      way == PlaneWay::roll);  // the order in which taps read rows
 
   const auto work = [&](int64_t begin, int64_t end) {
     const int64_t staged_pitch = chunks.size[2] / period_w + 1 + L;
@@ -538,11 +562,15 @@ bool map_planes(const ConvProblem& p) {
             for (int64_t next = 0; next < rows; next += some) {
               const int64_t row =
                   smaller(next, rows - some);  // the last may overlap the one before
-              for (int64_t qw = 0; qw < smaller(period_w, chunk.size[2]); ++qw) {
+              for (int64_t qw = 0; qw < (pairs ? 1 : smaller(period_w, chunk.size[2])); ++qw) {
                 const int64_t at_w = chunk.begin[2] + qw;
                 const int64_t q = of_row + at_w % period_w;
                 phase.chain = lists.phase_begin[q];
                 phase.last_chain = lists.phase_begin[q + 1];
+                if (pairs) {
+                  phase.odd_chain = phase.last_chain;
+                  phase.odd_last_chain = lists.phase_begin[q + 2];
+                }
                 const int64_t lead = upwards ? row + some - 1 : row;
                 PlaneTile<T> tile;
                 tile.source =
@@ -550,7 +578,7 @@ bool map_planes(const ConvProblem& p) {
                     (axis[1].base(at_h) + lead * axis[1].step - first[1]) * panel.row_pitch() +
                     (step_w == 1 ? axis[2].base(at_w) - first[2] : 0);
                 tile.source_step = (upwards ? -1 : axis[1].step) * panel.row_pitch();
-                if (period_w == 1) {
+                if (period_w == 1 || pairs) {
                   tile.out = result + (at_h + lead * period_h) * written.stride[3];
                   tile.out_step = (upwards ? -1 : period_h) * written.stride[3];
                 } else {
@@ -562,9 +590,10 @@ bool map_planes(const ConvProblem& p) {
                 tile.end = end_row;
                 tile.ahead = ahead;
                 tile.ahead_step = source.stride[3];
+                tile.next_out = written.stride[1];
                 tiling.run(phase, (chunk.size[2] - qw + period_w - 1) / period_w, tile);
               }
-              if (period_w > 1)
+              if (period_w > 1 && !pairs)
                 for (int64_t i = 0; i < some; ++i)
                   merge_run(staged + i * staged_pitch, 7 * staged_pitch, period_w, chunk.size[2],
                             result + (at_h + (row + i) * period_h) * written.stride[3]);
