@@ -186,6 +186,11 @@ SEAMS = [
     ((2, 3, 1, 80), (1, 4), (1, 4), 0),
     ((1, 3, 6, 8, 34), 2, 2, 0),
     ((1, 5, 5, 9, 28), 3, 2, 1),
+    ((2, 3, 11, 29), 3, 1, 1),
+    ((2, 3, 10, 41), 2, 1, 1),
+    ((2, 3, 9, 40), 2, 2, 1),
+    ((2, 19, 9, 11), 2, 2, 0),
+    ((1, 17, 6, 7, 9), 2, 2, 0),
 ]
 
 
@@ -213,7 +218,7 @@ def test_gradient_at_the_seams(seam, layout, row):
 
 
 @pytest.mark.parametrize("row", FAST)
-@pytest.mark.parametrize("shape", [(1, 5, 9, 10), (1, 3, 5, 4, 6)])
+@pytest.mark.parametrize("shape", [(1, 5, 9, 10), (1, 3, 5, 4, 6), (2, 11, 13, 21)])
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding"), [(2, 2, 0), (3, 2, 1), (3, 1, 1), (5, 1, 2)]
 )

@@ -175,7 +175,8 @@ struct Loads {
   }
 };
 
-// The winners of those windows, `first` the position of the first tap; masks as in pool_row.
+// The winners of those windows, `first` the position of the first tap; masks as in pool_row. With a
+// stride of 2 their lanes are in blockwise order.
 template <int stride, int kernel, bool clipped, bool indexed, bool last, class L>
 inline Best<L> row_winners(const InputRow<L>& row, int64_t first, const VecIndex<L>* masks, L low,
                            LaneIndex<L> step) {
@@ -192,12 +193,12 @@ inline Best<L> row_winners(const InputRow<L>& row, int64_t first, const VecIndex
     for (int k = 0; k < kernel; ++k) tap[k] = part[k];
   } else if constexpr (stride == 2) {
     static_assert(kernel == 2 || kernel == 3, "two or three taps at stride 2");
-    tap[0] = evens<L>(part[0], part[1]);
+    tap[0] = every_second_blockwise<0, L>(part[0], part[1]);
     if constexpr (kernel == 2) {
-      tap[1] = odds<L>(part[0], part[1]);
+      tap[1] = every_second_blockwise<1, L>(part[0], part[1]);
     } else {
-      tap[1] = evens<L>(part[2], part[3]);
-      tap[2] = odds<L>(part[2], part[3]);
+      tap[1] = every_second_blockwise<0, L>(part[2], part[3]);
+      tap[2] = every_second_blockwise<1, L>(part[2], part[3]);
     }
   } else {
     static_assert(stride == 4 && kernel == 4, "no other strides");
@@ -220,6 +221,7 @@ inline Best<L> row_winners(const InputRow<L>& row, int64_t first, const VecIndex
 template <int stride, int kernel, bool indexed, bool last, class L>
 void pool_row(const InputRow<L>* rows, int64_t row_count, const Axis& width, L low,
               LaneIndex<L> step, L* output, LaneIndex<L>* index) {
+  using I = LaneIndex<L>;
   constexpr int V = lanes<L>;
   using Parts = Loads<stride, kernel, V>;
   for (int64_t o = 0; o < width.out; o += V) {
@@ -243,6 +245,10 @@ void pool_row(const InputRow<L>* rows, int64_t row_count, const Axis& width, L l
       for (int n = 0; n < Parts::count; ++n)
         masks[n] = inside<L>(first + Parts::place(n), width.in);
       best = winners(std::true_type{});
+    }
+    if constexpr (stride == 2) {
+      best.value = in_order<L>(best.value);
+      if constexpr (indexed) best.index = in_order<I>(best.index);
     }
     store_clipped(output, o, width.out, best.value);
     if constexpr (indexed) store(index + o, best.index);
@@ -537,6 +543,9 @@ class Forward {
     }
     L* const output = reinterpret_cast<L*>(output_at(t, oh, 0));
     if (channels_last_) return pool_direct_columns(t, oh, row_count, output, b);
+    for (int64_t r = 0; r < row_count; ++r)
+      if (r % h.kernel >= h.kernel - h.stride)
+        prefetch_behind(b.input_rows[r].data, w.in * int64_t(sizeof(L)));
     row_kernel_(b.input_rows, row_count, w, codec_.lowest, static_cast<I>(weight_[2]), output,
                 b.down.index);
     if constexpr (indexed) {

@@ -67,7 +67,8 @@ void read_indices(const void* from, int64_t stride, int64_t count, I* __restrict
     for (int64_t i = 0; i < count; ++i) to[i] = lane(less(source[i * stride], base + i * step));
 }
 
-// Rows of gradients and indices as they are to rows of lanes, `pitch` apart.
+// Rows of gradients and indices as they are to rows of lanes, `pitch` apart; without to_grad, the
+// indices alone.
 template <class L>
 struct Staged {
   const void *grad, *index;
@@ -91,12 +92,15 @@ void stage_rows(const Staged<Lane<T>>& s) {
         for (int64_t i = 0; i < s.columns; i += V) {
           i = std::min(i, s.columns - V);
           store(to_index + i, (VecIndex<L>)Masked::widen(index + i));
-          store(to_grad + i, load(grad + i));
+          if (s.to_grad)
+            store(to_grad + i, load(grad + i));
+          else
+            __builtin_prefetch(grad + i);
         }
         continue;
       }
     }
-    read_terms<T>(grad, 1, s.columns, to_grad);
+    if (s.to_grad) read_terms<T>(grad, 1, s.columns, to_grad);
     read_indices<Index>(index, 1, s.columns, to_index, 0, 0);
   }
 }
@@ -272,6 +276,23 @@ void expand_row(const L* grad, const LaneIndex<L>* index, int64_t windows, const
   }
 }
 
+// The same with channels innermost, for one window in `channels` planes: `own` is that of its first
+// tap here, for `height` rows of `width` inputs.
+template <class L>
+void expand_pixel(const L* grad, const LaneIndex<L>* index, int64_t channels,
+                  const VecIndex<L>* own, int64_t height, int64_t width, L* to, int64_t pitch,
+                  int64_t pixel) {
+  constexpr int V = lanes<L>;
+  for (int64_t c = 0; c < channels; c += V) {
+    c = std::min(c, channels - V);  // the last vector overlaps the one before it
+    const Vec<L> sum = canonical_sum<L>(load(grad + c) + Vec<L>{});
+    const VecIndex<L> chosen = load(index + c);
+    for (int64_t kh = 0; kh < height; ++kh)
+      for (int64_t kw = 0; kw < width; ++kw)
+        store(to + kh * pitch + kw * pixel + c, chosen == own[kh * width + kw] ? sum : Vec<L>{});
+  }
+}
+
 // One row of inputs, `size` of them. The rows of windows begin with the first that reaches any;
 // up to a vector behind them is read too.
 // `known` is the number of rows if not 0.
@@ -326,6 +347,68 @@ inline void scatter_row(const GradRow<L>* rows, int64_t any, int64_t size, L* to
   }
 }
 
+// A block of rows of inputs at once, where the height has the stride, kernel and shift of the
+// width: a gradient that is loaded goes to all the inputs that its window may have chosen. `rows`
+// holds, for each plane of windows, the rows that reach the block; `own` that of the plane's first
+// tap.
+template <int stride, int kernel, int shift>
+struct Block {
+  static constexpr int slots = stride == 1 ? 4 : 1;  // rows of inputs, in strides
+  static constexpr int rows = slots * stride;
+  static constexpr int windows = Reached<stride, kernel, shift>::count + slots - 1;
+};
+template <int stride, int kernel, int shift, class L>
+void scatter_block(const GradRow<L>* rows, int64_t planes, int64_t size, L* to, int64_t pitch) {
+  using Windows = Reached<stride, kernel, shift>;
+  using B = Block<stride, kernel, shift>;
+  constexpr int V = lanes<L>;
+  const int64_t whole = size - stride * V;
+  const bool overlap = whole >= 0 && size % stride == 0;  // as in scatter_row
+  for (int64_t i = 0; i < size; i += stride * V) {
+    if (overlap) i = std::min(i, whole);
+    const int64_t window = static_cast<int64_t>(static_cast<uint64_t>(i) / stride);
+    Vec<L> sum[B::rows][stride] = {};
+    for (int64_t p = 0; p < planes; ++p) {
+      const GradRow<L>* const plane = rows + p * B::windows;
+      const VecIndex<L>* const own = plane->own;
+#pragma GCC unroll 8
+      for (int m = 0; m < B::windows; ++m) {
+        const L* const grads = plane[m].grad + window;
+        const LaneIndex<L>* const indices = plane[m].index + window;
+#pragma GCC unroll 8
+        for (int n = 0; n < Windows::count; ++n) {
+          const Vec<L> grad = load(grads + n);
+          const VecIndex<L> index = load(indices + n);
+#pragma GCC unroll 4
+          for (int r = 0; r < B::rows; ++r) {
+#pragma GCC unroll 4
+            for (int phase = 0; phase < stride; ++phase) {
+              const int kh = r + shift - (Windows::first + m) * stride;
+              const int kw = phase + shift - (Windows::first + n) * stride;
+              if (kh < 0 || kh >= kernel || kw < 0 || kw >= kernel) continue;
+              add_where<L>(sum[r][phase], index == own[kh * kernel + kw], grad);
+            }
+          }
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < B::rows; ++r) {
+      for (auto& phase : sum[r]) phase = canonical_sum<L>(phase);
+      Vec<L> out[stride];
+      join<stride, L>(sum[r], out);
+      L* const row = to + r * pitch + i;
+      if (i <= whole) {
+        for (int v = 0; v < stride; ++v) store(row + v * V, out[v]);
+      } else {
+        L part[stride * V];
+        for (int v = 0; v < stride; ++v) store(part + v * V, out[v]);
+        for (int64_t j = 0; j < size - i; ++j) row[j] = part[j];
+      }
+    }
+  }
+}
+
 // Output o reaches an input with tap k.
 struct Reach {
   int64_t o, k;
@@ -374,11 +457,11 @@ class Scatter {
     weight_[0] = flat ? d.dilation * h.in * w.in : w.kernel * h.kernel;
 
     if (channels_last_)
-      direct_ = codec_.is_lane;
+      direct_ = codec_.is_lane, disjoint_ = windows_are_disjoint() && !flat;
     else if (w.dilation == 1)
       choose_rows();
 
-    group_ = !channels_last_ ? 1 : s_.channels <= 256 ? s_.channels : 128;
+    group_ = !channels_last_ ? 1 : s_.channels <= (disjoint_ ? 1024 : 256) ? s_.channels : 128;
     blocks_ = up(s_.channels, group_);
     if (!rows_way_) margin_ = (w.kernel - 1) * w.dilation / w.stride, lead_ = -margin_;
     // The tile: slots of the width (a slot is `stride` inputs), rows of one plane.
@@ -392,40 +475,44 @@ class Scatter {
     rows_ = std::clamp<int64_t>(std::max(budget / row, reach(h) / h.stride) * h.stride, 1, h.in);
     bands_ = up(h.in, rows_);
     staged_rows_ = std::min(h.out, (rows_ + reach(h)) / h.stride + 2) * planes;
+    grads_ = 1 + (s_.batch - 1) * p_.output.stride[0] + (s_.channels - 1) * p_.output.stride[1];
+    for (int a = 0; a < 3; ++a) grads_ += (s_.axis[a].out - 1) * p_.output.stride[2 + a];
     pitch_ = (slots_ + margin_) * group_;
     phase_size_ = slots_ * group_ + lanes<L>;
   }
 
   void run() const {
     const int64_t outputs = rows_ * slots_ * group_;
-    parallel_for(
-        s_.batch * blocks_ * s_.axis[0].in * bands_ * strips_, 1 + 16384 / (outputs + 1),
-        FloatEnvironment::gradual, [&](int64_t begin, int64_t end) {
-          const int64_t size = staged_rows_ * pitch_ + 2 * lanes<L>;
-          const int64_t sums = direct_ ? 0 : s_.axis[2].stride * phase_size_;
-          Scratch scratch((2 * size + sums) * int64_t(sizeof(L) + sizeof(I)) +
-                          (s_.taps() + 1) * int64_t(sizeof(Term<I>) + sizeof(GradRow<L>) +
-                                                    sizeof(PixelRow<L>) + sizeof(VecIndex<L>)) +
-                          2048);
-          Buffers b;
-          b.index = scratch.take<I>(size);
-          b.terms = scratch.take<Term<I>>(s_.taps() + 1);
-          b.rows = scratch.take<GradRow<L>>(s_.taps() + 1);
-          b.pixels = scratch.take<PixelRow<L>>(s_.taps() + 1);
-          b.own = scratch.take<VecIndex<L>>(s_.taps() + 1);
-          list_own(b.own);
-          if (!direct_) {
-            b.grad = scratch.take<L>(size);
-            b.sums = scratch.take<L>(sums);
-          }
-          if (rows_way_) {
-            Buffers next = b;
-            next.grad = scratch.take<L>(size), next.index = scratch.take<I>(size);
-            return scatter_rows(begin, end, b, next);
-          }
-          for (int64_t task = begin; task < end; ++task)
-            direct_ ? scatter_pixels(tile_of(task), b) : scatter(tile_of(task), b);
-        });
+    parallel_for(s_.batch * blocks_ * s_.axis[0].in * bands_ * strips_, 1 + 16384 / (outputs + 1),
+                 FloatEnvironment::gradual, [&](int64_t begin, int64_t end) {
+                   const int64_t size = staged_rows_ * pitch_ + 2 * lanes<L>;
+                   const int64_t sums = direct_ ? 0 : s_.axis[2].stride * phase_size_;
+                   Scratch scratch((2 * size + sums) * int64_t(sizeof(L) + sizeof(I)) +
+                                   (s_.taps() + 1) * int64_t(sizeof(Term<I>) + sizeof(PixelRow<L>) +
+                                                             sizeof(VecIndex<L>)) +
+                                   row_room() * int64_t(sizeof(GradRow<L>)) +
+                                   (pitch_ + lanes<L>)*int64_t(sizeof(I)) + 2048);
+                   Buffers b;
+                   b.index = scratch.take<I>(size);
+                   b.terms = scratch.take<Term<I>>(s_.taps() + 1);
+                   b.rows = scratch.take<GradRow<L>>(row_room());
+                   b.nobody = scratch.take<I>(pitch_ + lanes<L>);
+                   std::fill_n(b.nobody, pitch_ + lanes<L>, I(-1));
+                   b.pixels = scratch.take<PixelRow<L>>(s_.taps() + 1);
+                   b.own = scratch.take<VecIndex<L>>(s_.taps() + 1);
+                   list_own(b.own);
+                   if (!direct_) {
+                     b.grad = scratch.take<L>(size);
+                     b.sums = scratch.take<L>(sums);
+                   }
+                   if (rows_way_) {
+                     Buffers next = b;
+                     next.grad = scratch.take<L>(size), next.index = scratch.take<I>(size);
+                     return scatter_rows(begin, end, b, next);
+                   }
+                   for (int64_t task = begin; task < end; ++task)
+                     direct_ ? scatter_pixels(tile_of(task), b) : scatter(tile_of(task), b);
+                 });
   }
 
  private:
@@ -438,13 +525,14 @@ class Scatter {
   };
   struct Buffers {
     L *grad = nullptr, *sums = nullptr;
-    I* index = nullptr;
+    I *index = nullptr, *nobody = nullptr;  // nobody: a row of windows that do not exist
     Term<I>* terms = nullptr;
     GradRow<L>* rows = nullptr;
     PixelRow<L>* pixels = nullptr;
     VecIndex<L>* own = nullptr;  // by the offset of a tap
   };
   using RowKernel = void (*)(const GradRow<L>*, int64_t, int64_t, L*);
+  using BlockKernel = void (*)(const GradRow<L>*, int64_t, int64_t, L*, int64_t);
 
   void choose_rows() {
     const Axis& w = s_.axis[2];
@@ -463,11 +551,25 @@ class Scatter {
     rows_kernel_[2] = scatter_row<stride, kernel, shift, 2, L>;
     rows_kernel_[3] = scatter_row<stride, kernel, shift, 3, L>;
     rows_way_ = true;
-    disjoint_ = stride == kernel && stride > 1;
-    for (const Axis& a : s_.axis)
-      disjoint_ = disjoint_ && a.pad == 0 && a.stride == a.kernel && a.dilation == 1;
+    disjoint_ = stride > 1 && windows_are_disjoint();
     margin_ = Windows::count - 1;
     lead_ = s_.axis[2].pad / stride + Windows::first;
+    const Axis& h = s_.axis[1];
+    if constexpr (stride <= 2) {
+      if (h.stride == stride && h.kernel == kernel && h.pad % stride == shift && h.dilation == 1 &&
+          codec_.is_lane && p_.input.stride[4] == 1) {
+        using B = Block<stride, kernel, shift>;
+        block_kernel_ = scatter_block<stride, kernel, shift, L>;
+        block_rows_ = B::rows, block_windows_ = B::windows;
+        block_lead_ = h.pad / stride + Windows::first;
+      }
+    }
+  }
+
+  bool windows_are_disjoint() const {
+    for (const Axis& a : s_.axis)
+      if (a.pad != 0 || a.stride != a.kernel || a.dilation != 1) return false;
+    return true;
   }
 
   static int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -511,6 +613,8 @@ class Scatter {
       visit(phase_taps_[k].o, phase_taps_[k].k);
   }
 
+  int64_t row_room() const { return std::max(s_.taps() + 1, s_.axis[0].kernel * block_windows_); }
+
   void list_own(VecIndex<L>* own) const {
     for (int64_t kd = 0; kd < s_.axis[0].kernel; ++kd)
       for (int64_t kh = 0; kh < s_.axis[1].kernel; ++kh)
@@ -537,24 +641,45 @@ class Scatter {
 
   void scatter_rows(const Tile& t, const Buffers& b) const {
     const Axis& w = s_.axis[2];
-    const int64_t pitch = t.slots + margin_, height = t.oh_end - t.oh;
+    const int64_t height = t.oh_end - t.oh;
     const int64_t first = t.slot * w.stride, size = std::min(t.slots * w.stride, w.in - first);
     const int64_t stride = p_.input.stride[4];
     const bool in_place = codec_.is_lane && stride == 1;
-    const L* const grad = is_one_run(t) ? static_cast<const L*>(p_.output.data) +
-                                              offset(p_.output, t.n, t.channel, t.od, t.oh, 0)
-                                        : b.grad;
+    const RowGrads grads = row_grads(t, b);
+    const auto row_of = [&](int64_t od, int64_t oh) {
+      return GradRow<L>{grads.data + (od - t.od) * grads.plane + (oh - t.oh) * grads.pitch,
+                        b.index + ((od - t.od) * height + oh - t.oh) * (t.slots + margin_),
+                        nullptr};
+    };
     char* to = static_cast<char*>(p_.input.data) +
                offset(p_.input, t.n, t.channel, t.id, t.row, first) * codec_.size;
     for (int64_t ih = t.row; ih < t.end; ++ih, to += p_.input.stride[3] * codec_.size) {
-      if (const int64_t rows = expand(t, ih, grad, b, to)) {
+      int64_t rows = expand(t, ih, grads.data, b, to);
+      if (rows == 0 && block_kernel_ && ih % w.stride == 0 && ih + block_rows_ <= t.end) {
+        rows = block_rows_;
+        const int64_t top = ih / w.stride + block_lead_;
+        int64_t count = 0, planes = 0;
+        for (const Reach* d = of_plane_.begin(t.id); d != of_plane_.end(t.id); ++d, ++planes) {
+          const VecIndex<L>* const own = b.own + s_.offset_of(d->k, 0, 0);
+          const GradRow<L> first_row = row_of(d->o, t.oh);
+          for (int64_t r = top - t.oh; r < top - t.oh + block_windows_; ++r)
+            b.rows[count++] = r >= 0 && r < height
+                                  ? GradRow<L>{first_row.grad + r * grads.pitch,
+                                               first_row.index + r * (t.slots + margin_), own}
+                                  : GradRow<L>{b.grad, b.nobody, own};
+        }
+        prefetch_behind(to, block_rows_ * size * int64_t(sizeof(L)));
+        block_kernel_(b.rows, planes, size, reinterpret_cast<L*>(to), p_.input.stride[3]);
+      }
+      if (rows > 0) {
         ih += rows - 1, to += (rows - 1) * p_.input.stride[3] * codec_.size;
         continue;
       }
       int64_t count = 0;
       for_each_row(t, ih, [&](int64_t od, int64_t kd, int64_t oh, int64_t kh) {
-        const int64_t row = ((od - t.od) * height + oh - t.oh) * pitch;
-        b.rows[count++] = {grad + row, b.index + row, b.own + s_.offset_of(kd, kh, 0)};
+        GradRow<L>& row = b.rows[count++];
+        row = row_of(od, oh);
+        row.own = b.own + s_.offset_of(kd, kh, 0);
       });
       const RowKernel kernel = rows_kernel_[count <= 3 ? count : 0];
       if (in_place) {
@@ -566,13 +691,40 @@ class Scatter {
     }
   }
 
+  // The gradients of a tile, from window t.slot + lead_ of its first row on: staged, or in place.
+  struct RowGrads {
+    const L* data;
+    int64_t pitch, plane;
+  };
+  RowGrads row_grads(const Tile& t, const Buffers& b) const {
+    if (is_one_run(t) || grads_in_place(t))
+      return {static_cast<const L*>(p_.output.data) + first_grad(t), p_.output.stride[3],
+              p_.output.stride[2]};
+    const int64_t pitch = t.slots + margin_;
+    return {b.grad, pitch, (t.oh_end - t.oh) * pitch};
+  }
+  int64_t first_grad(const Tile& t) const {
+    return offset(p_.output, t.n, t.channel, t.od, t.oh, t.slot + lead_);
+  }
+  // What a kernel reads of windows that do not exist is never added, but it must be memory of the
+  // tensor: that of other rows.
+  bool grads_in_place(const Tile& t) const {
+    if (!codec_.is_lane || p_.output.stride[4] != 1 || p_.kind != IndexKind::offset ||
+        p_.index.stride[4] != 1 || t.od >= t.od_end || t.oh >= t.oh_end)
+      return false;
+    const int64_t last = first_grad(t) + (t.od_end - 1 - t.od) * p_.output.stride[2] +
+                         (t.oh_end - 1 - t.oh) * p_.output.stride[3];
+    return first_grad(t) >= 0 && last + t.slots + margin_ + lanes<L> <= grads_;
+  }
+
   // The rows of inputs from `ih` on that belong to one row of windows and to no other, or 0.
   int64_t expand(const Tile& t, int64_t ih, const L* grad, const Buffers& b, char* to) const {
     const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
-    if (!disjoint_ || grad == b.grad || t.od_end - t.od != 1 || ih % h.stride != 0) return 0;
+    if (!disjoint_ || !is_one_run(t) || t.od_end - t.od != 1 || ih % h.stride != 0) return 0;
     const int64_t oh = ih / h.stride, row = (oh - t.oh) * w.out;
     if (oh >= h.out || ih + h.stride > t.end) return 0;
     const VecIndex<L>* const own = b.own + s_.offset_of(t.id - t.od * d.stride, 0, 0);
+    prefetch_behind(to, h.stride * w.in * int64_t(sizeof(L)));
     (w.stride == 2 ? expand_row<2, L> : expand_row<4, L>)(grad + row, b.index + row, w.out, own,
                                                           h.stride, reinterpret_cast<L*>(to),
                                                           p_.input.stride[3]);
@@ -594,6 +746,11 @@ class Scatter {
         static_cast<const L*>(p_.output.data) + offset(p_.output, t.n, t.channel, 0, 0, 0);
     L* to = static_cast<L*>(p_.input.data) + offset(p_.input, t.n, t.channel, t.id, t.row, 0);
     for (int64_t ih = t.row; ih < t.end; ++ih, to += p_.input.stride[3]) {
+      if (expand_pixels(t, ih, columns, to, b)) {
+        const int64_t rows = s_.axis[1].stride;
+        ih += rows - 1, to += (rows - 1) * p_.input.stride[3];
+        continue;
+      }
       int64_t count = 0;
       if (columns > 0)
         for_each_row(t, ih, [&](int64_t od, int64_t kd, int64_t oh, int64_t kh) {
@@ -604,6 +761,30 @@ class Scatter {
         });
       scatter_columns(t, count, s_.flat_of(t.id, ih, 0), to, b);
     }
+  }
+
+  // The rows of inputs from `ih` on that belong to one row of windows: are there such, and done?
+  bool expand_pixels(const Tile& t, int64_t ih, int64_t columns, L* to, const Buffers& b) const {
+    const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
+    const int64_t oh = ih / h.stride;
+    if (!disjoint_ || t.lanes < lanes<L> || t.od_end - t.od != 1 || ih % h.stride != 0 ||
+        oh >= h.out || ih + h.stride > t.end)
+      return false;
+    const int64_t pitch = p_.input.stride[3], pixel = p_.input.stride[4];
+    const L* const grad =
+        static_cast<const L*>(p_.output.data) + offset(p_.output, t.n, t.channel, t.od, oh, t.slot);
+    const I* const index = b.index + (oh - t.oh) * columns * t.lanes;
+    const VecIndex<L>* const own = b.own + s_.offset_of(t.id - t.od * d.stride, 0, 0);
+    L* const row = to + t.slot * w.stride * pixel;
+    for (int64_t j = 0; j < columns; ++j)
+      expand_pixel<L>(grad + j * p_.output.stride[4], index + j * t.lanes, t.lanes, own, h.stride,
+                      w.stride, row + j * w.stride * pixel, pitch, pixel);
+    // What no window reaches, to the right of the last.
+    const int64_t end = std::min((t.slot + t.slots) * w.stride, w.in);
+    for (int64_t r = 0; r < h.stride; ++r)
+      for (int64_t iw = (t.slot + columns) * w.stride; iw < end; ++iw)
+        std::fill_n(to + r * pitch + iw * pixel, t.lanes, L(0));
+    return true;
   }
 
   void stage_index(const Tile& t, int64_t od, int64_t start, int64_t columns, I* to) const {
@@ -681,6 +862,7 @@ class Scatter {
                           1, (t.od_end - t.od) * height * width, index, 0, 0);
         return;
       }
+      const bool in_place = rows_way_ && grads_in_place(t);
       if (first > 0 || end < width) std::fill_n(index, (t.od_end - t.od) * height * width, I(-1));
       for (int64_t od = t.od; od < t.od_end && first < end; ++od) {
         const int64_t place = (od - t.od) * height * width + first;
@@ -688,8 +870,8 @@ class Scatter {
                           offset(p_.output, t.n, t.channel, od, t.oh, ow) * codec_.size,
                       static_cast<const char*>(p_.index.data) +
                           offset(p_.index, t.n, t.channel, od, t.oh, ow) * codec_.index_size,
-                      p_.output.stride[3], p_.index.stride[3], height, end - first, grad + place,
-                      index + place, width});
+                      p_.output.stride[3], p_.index.stride[3], height, end - first,
+                      in_place ? nullptr : grad + place, index + place, width});
       }
       return;
     }
@@ -807,9 +989,12 @@ class Scatter {
   std::vector<size_t> phase_start_;
   bool channels_last_ = false, direct_ = false;
   RowKernel rows_kernel_[4] = {};  // by the number of rows; 0: any
+  BlockKernel block_kernel_ = nullptr;
+  int64_t block_rows_ = 0, block_windows_ = 0, block_lead_ = 0;
   bool rows_way_ = false, disjoint_ = false;
   int64_t weight_[3] = {0, 0, 0};
   int64_t group_ = 1, blocks_ = 1, margin_ = 0, lead_ = 0, slots_ = 1, strips_ = 1, rows_ = 1,
           bands_ = 1;
   int64_t staged_rows_ = 0, pitch_ = 0, phase_size_ = 0;
+  int64_t grads_ = 0;  // elements from the first gradient to the last
 };

@@ -73,6 +73,28 @@ inline Vec<L> odds(Vec<L> a, Vec<L> b) {
   return every_second<1>(a, b, Places<L>{});
 }
 
+template <int odd, int block, class V, int... i>
+inline V blockwise(V a, V b, std::integer_sequence<int, i...>) {
+  constexpr int size = sizeof...(i), half = block / 2;
+  return __builtin_shufflevector(
+      a, b, (i / block * block + i % half * 2 + odd + (i % block >= half ? size : 0))...);
+}
+template <int block, class V, int... i>
+inline V in_order(V v, std::integer_sequence<int, i...>) {
+  constexpr int size = sizeof...(i), half = block / 2, pairs = size / 2;
+  return __builtin_shufflevector(v, v, (i % pairs / half * block + i / pairs * half + i % half)...);
+}
+// evens and odds with the lanes in another order, the same for both, which in_order ends: inside
+// blocks of 16 bytes that is one instruction.
+template <int odd, class L>
+inline Vec<L> every_second_blockwise(Vec<L> a, Vec<L> b) {
+  return blockwise<odd, 16 / int(sizeof(L))>(a, b, Places<L>{});
+}
+template <class L>
+inline Vec<L> in_order(Vec<L> v) {
+  return in_order<16 / int(sizeof(L))>(v, Places<L>{});
+}
+
 template <int half, class V, int... i>
 inline V interleaved(V a, V b, std::integer_sequence<int, i...>) {
   constexpr int size = sizeof...(i);
@@ -118,6 +140,14 @@ inline void store_clipped(L* row, int64_t first, int64_t size, Vec<L> v) {
     store(row + first, v);
   else
     Masked::store(row + first, inside<L>(first, size), v);
+}
+
+// Rows of a plane are used several at once, each a short stream that the processor's own
+// prefetching finds late. What lies a little behind them in memory is needed next.
+inline void prefetch_behind(const void* rows, int64_t bytes) {
+  constexpr int64_t distance = 4096, line = 64;
+  const char* const from = static_cast<const char*>(rows) + distance;
+  for (int64_t at = 0; at < bytes; at += line) __builtin_prefetch(from + at);
 }
 
 // ---- elements to lanes and back -----------------------------------------------------------------
