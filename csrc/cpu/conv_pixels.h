@@ -86,6 +86,11 @@ struct Cut {
       s.to = to;
     }
   }
+  int64_t taps() const {  // of all stretches
+    int64_t sum = 0;
+    for (int i = 0; i < count; ++i) sum += stretch[i].taps;
+    return sum;
+  }
   // Has every tap a pixel for which it reads inside of the image?
   static bool all_taps_inside(const GridAxis& axis) {
     bool all = true;
@@ -107,7 +112,6 @@ struct Part {
   int32_t* start = nullptr;   // of each group
   int32_t* length = nullptr;  // of each chain of each group
   Term* term = nullptr;
-  int64_t taps() const { return stretch[0].taps * stretch[1].taps * stretch[2].taps; }
 };
 
 // A grid, all its terms as the panels hold them, and its parts. The stride phases of a call, which
@@ -118,8 +122,6 @@ struct Phase {
   int32_t* lane = nullptr;   // offset in the weight
   Part* part = nullptr;
   int64_t parts = 0;
-
-  int64_t taps() const { return grid[0].taps * grid[1].taps * grid[2].taps; }
 };
 constexpr int most_phases = 64;  // that share a patch
 constexpr int most_parts = 64;   // of a phase
@@ -448,14 +450,8 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
   // The terms.
   const int64_t groups = up(call.image_channels * all_taps, K::group);
   const int64_t parts = cut[0].count * cut[1].count * cut[2].count;
-  int64_t terms_of_parts = 0;
-  for (int64_t j = 0; j < parts; ++j) {
-    const Stretch* const s[3] = {&cut[0].stretch[j / cut[2].count / cut[1].count],
-                                 &cut[1].stretch[j / cut[2].count % cut[1].count],
-                                 &cut[2].stretch[j % cut[2].count]};
-    terms_of_parts += call.image_channels * s[0]->taps * s[1]->taps * s[2]->taps;
-  }
-  if (phases > 1) terms_of_parts = terms;
+  const int64_t terms_of_parts =
+      phases > 1 ? terms : call.image_channels * cut[0].taps() * cut[1].taps() * cut[2].taps();
   constexpr size_t rounding = Arena::bytes_for<char>(64);  // of one piece more
   Arena& plan = plan_arena();
   plan.reset(Arena::bytes_for<Phase>(phases) + Arena::bytes_for<int32_t>(terms) +
@@ -523,11 +519,11 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
       [&](int64_t begin, int64_t end) {
         Arena& arena = task_arena();
         const int64_t most_lanes = wide ? call.lanes : up(lane_vecs, lane_blocks) * L;
-        // Totals are kept from chunk to chunk, else only of one tile of lanes.
-        const int64_t tile_lanes = wide ? Size::rows * L : Size::vecs * L;
+        // Of a row; they are kept from chunk to chunk, else only those of one tile of lanes.
+        const int64_t all_totals = wide ? call.lanes * L : most_lanes;
+        const int64_t totals_of_tile = L * (wide ? Size::rows : Size::vecs);
         const int64_t totals_of_phase =
-            box_rows * (one_chunk ? least(wide ? most_lanes * L : most_lanes, tile_lanes)
-                                  : (wide ? most_lanes * L : most_lanes));
+            box_rows * (one_chunk ? least(all_totals, totals_of_tile) : all_totals);
         const int64_t total_size = totals_of_phase * (one_chunk ? 1 : phases);
         const int64_t panel_size = K::group * (wide ? Size::rows : L * Size::vecs);
         const int64_t patch_elements = patched ? box_samples * layout.elements + L : 0;

@@ -26,7 +26,7 @@ struct PlanePhase {
   const Total<T>* weights;  // by term number
   Total<T> bias;
   int64_t sets, w_step;  // sliding: (source channel, kd) pairs, and from tap to tap along w
-  int32_t odd_chain, odd_last_chain;  // pairs: of the other phase along w
+  int32_t odd_chain = 0, odd_last_chain = 0;  // pairs: of the other phase along w
 };
 
 // Some rows of some vectors. The last vector of a row may overlap the one before.
