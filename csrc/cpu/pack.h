@@ -70,6 +70,7 @@ TNC_INLINE float widened(Half x) {
 }
 
 TNC_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+TNC_INLINE void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }
 
 // zero_run, copy_run and copy_transposed write whole vectors: up to L - 1 elements behind the last.
 // What belongs there is written later, or is slack.
@@ -221,7 +222,9 @@ bool store_rows(const T* total, int64_t rows, int vecs, int lanes, const T* bias
   const int64_t pitch = int64_t{vecs} * L;
   auto special = is_special(V::zero());
   if (lane_stride == 1) {
-    for (int64_t r = 0; r < rows; ++r)
+    constexpr int64_t ahead = 16;  // rows; a result line that is new to the caches is slow to come
+    for (int64_t r = 0; r < rows; ++r) {
+      prefetch_to_write(dst + position[least(r + ahead, rows - 1)]);
       for (int j = 0; j < lanes; j += L) {
         const V sum = V::load(total + r * pitch + j) + V::load(bias + j);
         special = V::either(special, is_special(sum));
@@ -230,6 +233,7 @@ bool store_rows(const T* total, int64_t rows, int vecs, int lanes, const T* bias
         else
           canonical(sum).store(dst + position[r] + j, lanes - j);
       }
+    }
     return V::any(special);
   }
   for (int j = 0; j < lanes; j += L) {
