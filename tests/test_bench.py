@@ -43,6 +43,11 @@ def test_channels_last_rows_and_types(tiny, dtype, capsys):
     assert "channels_last" in out and "| line |" not in out
 
 
+def test_tiny_calls(tiny, capsys):
+    assert cli.main(["bench", "--calls", "--rounds", "1"]) == 0
+    assert "| forward and backward | " in capsys.readouterr().out
+
+
 def test_wrong_bits_are_not_timed(tiny, monkeypatch):
     right = F.conv2d
     monkeypatch.setattr(

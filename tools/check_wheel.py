@@ -113,11 +113,6 @@ def check(python: Path, release: str, tests: list[str], place: Path) -> None:
     print(f"  tests    {last_line(run(*pytest, cwd=place / 'tests'))}", flush=True)
 
 
-DOCTOR = (
-    "from torch_naiveconv.commands import doctor; import json; print(json.dumps(doctor.examine()))"
-)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

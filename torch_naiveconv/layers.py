@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from .ops import conv_output_size
+
 Sizes = tuple[int, ...]
 
 
@@ -30,7 +32,7 @@ class ConvLayer:
     @property
     def output_size(self) -> Sizes:
         axes = zip(self.size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        return tuple((i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d in axes)
+        return tuple(conv_output_size(i, k, s, p, p, d) for i, k, s, p, d in axes)
 
     @property
     def multiply_adds(self) -> int:

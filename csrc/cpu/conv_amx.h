@@ -14,7 +14,7 @@
 //
 // Where a group has fewer than 32 terms, and where a term does not exist, operands are +0: that
 // adds +0 to a chain, so it can only turn a chain or a total of -0 into +0, which no result shows
-// unless the bias is -0 (run_matrix_unit declines then).
+// unless the bias is -0 (shows_sign_of_zero).
 //
 // The unit is a parameter: MatrixUnit in conv_amx.cpp, or an emulation in the tests. Start reading
 // at run_matrix_unit, at the end.
@@ -1077,9 +1077,7 @@ bool run_matrix_unit(const ConvProblem& p, const MatrixLimits& limits) {
     return false;
   if (p.direction == Direction::grad_weight) return multiply_taps<Unit>(p, limits);
 
-  const BFloat16* const bias = static_cast<const BFloat16*>(p.bias);
-  for (int64_t i = 0; bias != nullptr && i < (forward ? s.out_channels : s.in_channels); ++i)
-    if ((bias[i].bits & 0xff80u) == 0x8000u) return false;  // -0, or a subnormal that counts as it
+  if (shows_sign_of_zero<BFloat16>(p)) return false;
   const RawView& image = forward ? p.input : p.output;
   const RawView& target = forward ? p.output : p.input;
   const int64_t filter = p.weight.stride[0], channel = p.weight.stride[1];
@@ -1092,7 +1090,7 @@ bool run_matrix_unit(const ConvProblem& p, const MatrixLimits& limits) {
                               forward ? filter : channel,
                               forward ? channel : filter,
                               filter * s.group_out(),
-                              bias,
+                              static_cast<const BFloat16*>(p.bias),
                               s.batch,
                               s.groups,
                               forward ? s.group_in() : s.group_out(),

@@ -20,6 +20,23 @@
 
 namespace torch_naiveconv::TNC_ISA {
 
+// Does the sign of a zero total show? The kernels may add +0 where the contract adds nothing, and
+// the other way round. In flushed arithmetic a total can be -0, and that plus a bias of -0 is -0.
+template <class S>
+bool shows_sign_of_zero(const ConvProblem& p) {
+  const S* const bias = static_cast<const S*>(p.bias);
+  if (!is_half_type<S> || bias == nullptr) return false;
+  const bool forward = p.direction == Direction::forward;
+  bool shows = false;
+  for (int64_t c = 0; c < (forward ? p.shape.out_channels : p.shape.in_channels); ++c) {
+    uint16_t bits;
+    __builtin_memcpy(&bits, bias + c, sizeof(bits));
+    const uint16_t exponent = std::is_same_v<S, BFloat16> ? 0x7f80 : 0x7fff;  // and mantissa
+    shows = shows || ((bits & 0x8000u) != 0 && (bits & exponent) == 0);
+  }
+  return shows;
+}
+
 // Is no element infinite or NaN?
 template <class S>
 bool all_finite(const RawView& view, const int64_t (&size)[5]) {
@@ -71,6 +88,19 @@ bool dense_forward(const ConvProblem& p) {
          multiply_images(call, &grid, 1, false, special);
 }
 
+// use(grid) for each stride phase that has taps, until it returns false.
+template <class Use>
+bool each_phase(const ConvShape& s, const Use& use) {
+  for (int64_t d = 0; d < least(s.axis[0].stride, s.axis[0].in); ++d)
+    for (int64_t h = 0; h < least(s.axis[1].stride, s.axis[1].in); ++h)
+      for (int64_t w = 0; w < least(s.axis[2].stride, s.axis[2].in); ++w) {
+        const GridAxis grid[3] = {gradient_axis(s.axis[0], d), gradient_axis(s.axis[1], h),
+                                  gradient_axis(s.axis[2], w)};
+        if (grid[0].taps * grid[1].taps * grid[2].taps > 0 && !use(grid)) return false;
+      }
+  return true;
+}
+
 template <class S>
 bool dense_grad_input(const ConvProblem& p) {
   const ConvShape& s = p.shape;
@@ -97,41 +127,37 @@ bool dense_grad_input(const ConvProblem& p) {
     for (int64_t phase = 0; phase < least(a.stride, a.in); ++phase)
       all_have_taps = all_have_taps && gradient_axis(a, phase).taps > 0;
   }
-  // Few channels: the phases read one patch.
-  GridAxis together[most_phases][3];
-  int members = 0;
   const GridAxis first[3] = {gradient_axis(s.axis[0], 0), gradient_axis(s.axis[1], 0),
                              gradient_axis(s.axis[2], 0)};
-  const bool share =
-      phases > 1 && phases <= most_phases && all_have_taps && has_vectors_of_pixels(call, first);
-  // Else those of as many samples take turns as stay in the cache while they are written.
-  const int64_t sample = s.in_channels * s.inputs() * int64_t{sizeof(S)};
-  const int64_t at_once = phases == 1 || share ? s.batch : most(phase_bytes / sample, 1);
-  for (int64_t n = 0; n < s.batch; n += at_once) {
-    Images<S> part = call;
-    part.image += n * p.output.stride[0];
-    part.target += n * p.input.stride[0];
-    part.batch = least(at_once, s.batch - n);
-    if (!all_have_taps) {
-      GridAxis all[3];
-      for (int a = 0; a < 3; ++a) all[a].count = s.axis[a].in;
-      store_bias(part, all);
+  if (phases > 1 && phases <= most_phases && all_have_taps && has_vectors_of_pixels(call, first)) {
+    GridAxis grids[most_phases][3];  // few channels: the phases read one patch
+    int count = 0;
+    each_phase(s, [&](const GridAxis(&grid)[3]) {
+      for (int a = 0; a < 3; ++a) grids[count][a] = grid[a];
+      ++count;
+      return true;
+    });
+    if (!multiply_images(call, grids, count, false, special)) return false;
+  } else {
+    // The phases of as many samples take turns as stay in the cache while they are written.
+    const int64_t sample = s.in_channels * s.inputs() * int64_t{sizeof(S)};
+    const int64_t at_once = phases == 1 ? s.batch : most(phase_bytes / sample, 1);
+    for (int64_t n = 0; n < s.batch; n += at_once) {
+      Images<S> part = call;
+      part.image += n * p.output.stride[0];
+      part.target += n * p.input.stride[0];
+      part.batch = least(at_once, s.batch - n);
+      if (!all_have_taps) {
+        GridAxis all[3];
+        for (int a = 0; a < 3; ++a) all[a].count = s.axis[a].in;
+        store_bias(part, all);
+      }
+      const bool done = each_phase(s, [&](const GridAxis(&grid)[3]) {
+        return multiply_images(part, &grid, 1, true, special);
+      });
+      if (!done) return false;
     }
-    for (int64_t d = 0; d < least(s.axis[0].stride, s.axis[0].in); ++d)
-      for (int64_t h = 0; h < least(s.axis[1].stride, s.axis[1].in); ++h)
-        for (int64_t w = 0; w < least(s.axis[2].stride, s.axis[2].in); ++w) {
-          const GridAxis grid[3] = {gradient_axis(s.axis[0], d), gradient_axis(s.axis[1], h),
-                                    gradient_axis(s.axis[2], w)};
-          if (grid[0].taps * grid[1].taps * grid[2].taps == 0) continue;
-          if (share) {
-            for (int a = 0; a < 3; ++a) together[members][a] = grid[a];
-            ++members;
-          } else if (!multiply_images(part, &grid, 1, true, special)) {
-            return false;
-          }
-        }
   }
-  if (share && !multiply_images(call, together, members, false, special)) return false;
   // Where a tap meets no output the loops may have multiplied the weight by +0: the term that does
   // not exist, unless the weight is not finite, and then a NaN came out.
   const int64_t size[5] = {s.out_channels, s.group_in(), s.axis[0].kernel, s.axis[1].kernel,

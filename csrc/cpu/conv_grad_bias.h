@@ -62,7 +62,7 @@ bool grad_bias(const ConvProblem& p) {
     arena.reset(Arena::bytes_for<E>(full * L));
     E* const panel = arena.take<E>(full * L);
     for (int64_t block = begin; block < end; ++block) {
-      const int used = static_cast<int>(smaller(L, s.out_channels - block * L));
+      const int used = static_cast<int>(least(L, s.out_channels - block * L));
       const ChannelLanes<T> lanes(p.output, 1, 1, s.out_channels, block, 1);
       E sums[L] = {};
       for (int l = 0; earlier && l < used; ++l) sums[l] = earlier[block * L + l];
@@ -74,7 +74,7 @@ bool grad_bias(const ConvProblem& p) {
             const T* const row = static_cast<const T*>(p.output.data) + n * stride[0] +
                                  d * stride[2] + h * stride[3];
             for (int64_t w = 0; w < width;) {
-              const int64_t piece = smaller(width - w, full - held);
+              const int64_t piece = least(width - w, full - held);
               lanes.fetch(row + w * stride[4], piece, panel + held * L, 0, 0, full * stride[4]);
               w += piece;
               held += piece;

@@ -107,7 +107,6 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
   block_channels = up(s.group_in(), channel_blocks);
   const int64_t most_rows = block_channels * taps;
   const int64_t patch_limit = patch_bytes / int64_t{sizeof(T)} / block_channels;
-  const int64_t in_place_limit = patch_limit;  // pixels that all tiles of lanes find in the cache
 
   const int64_t tasks = s.groups * lane_blocks * channel_blocks;
   parallel_for(
@@ -177,13 +176,14 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
           int64_t known_first = 0, known_last = 0;  // the chunk whose terms are listed
           for (int64_t n = 0; n < s.batch; ++n)
             for (int64_t first = 0; first < pixels;) {
-              // A chunk: the groups whose windows fit into the patch.
+              // A chunk: the groups whose windows fit into the patch, or in place into the cache,
+              // where all tiles of lanes find them.
               int64_t last = least(pixels, first + K::group);
               Bands bands(s, first, last, patch_limit);
               while (last < pixels && last - first < table_size) {
                 const int64_t next = least(pixels, last + K::group);
                 const Bands more(s, first, next, INT64_MAX);
-                if (patched ? more.elements() > patch_limit : next - first > in_place_limit) break;
+                if ((patched ? more.elements() : next - first) > patch_limit) break;
                 bands = more;
                 last = next;
               }

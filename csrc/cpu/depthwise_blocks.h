@@ -141,7 +141,7 @@ bool map_blocks(const ConvProblem& p) {
   for (int a = 0; a < 3; ++a) axis[a] = MapAxis::of(s.axis[a], transposed);
   const int64_t phases[3] = {axis[0].phases(), axis[1].phases(), axis[2].phases()};
   const int64_t phase_count = phases[0] * phases[1] * phases[2], numbers = planes * s.taps();
-  const int64_t together = direct ? smaller(Lanes::together(source, group), blocks) : 1;
+  const int64_t together = direct ? least(Lanes::together(source, group), blocks) : 1;
   PanelShape panel{together, planes, {}, L};
   Chunks chunks;
   if (phase_count > 4096 || numbers > 1 << 16 ||
@@ -170,7 +170,7 @@ bool map_blocks(const ConvProblem& p) {
     for (int64_t piece = begin; piece < end; ++piece) {
       const Chunk chunk = chunks.chunk(piece / teams % chunks.total());
       const int64_t n = piece / teams / chunks.total();
-      const int64_t first = piece % teams * together, count = smaller(together, blocks - first);
+      const int64_t first = piece % teams * together, count = least(together, blocks - first);
       const Lanes lanes(source, group, planes, channels, first, count);
       const Lanes written_lanes(written, 1, 1, channels, first, count);
       fill_panel<T>(panel, lanes, source, n, axis, chunk, values);
@@ -187,7 +187,7 @@ bool map_blocks(const ConvProblem& p) {
                         chunk.begin[2] * written.stride[4];
           const int64_t row_phase =
               (d % axis[0].period * phases[1] + h % axis[1].period) * phases[2];
-          for (int64_t i = 0; i < smaller(period, chunk.size[2]); ++i) {
+          for (int64_t i = 0; i < least(period, chunk.size[2]); ++i) {
             const int64_t w = chunk.begin[2] + i;
             const auto run = [&](auto* out, int64_t out_step, int last_lanes) {
               map_row<T>((chunk.size[2] - i + period - 1) / period, lists, row_phase + w % period,

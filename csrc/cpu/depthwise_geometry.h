@@ -6,8 +6,6 @@
 
 namespace torch_naiveconv::TNC_ISA {
 
-TNC_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-TNC_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 TNC_INLINE int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 
 template <class T>
@@ -31,7 +29,7 @@ struct MapAxis {
                       : MapAxis{a.out, a.in, a.kernel, a.stride, 1, 1, a.dilation, a.pad};
   }
   int64_t numerator(int64_t k) const { return sign * (k * dilation - pad); }
-  int64_t phases() const { return smaller(period, written); }
+  int64_t phases() const { return least(period, written); }
   bool meets(int64_t phase, int64_t k) const { return (phase + numerator(k)) % period == 0; }
   // The distance from base(x) to the source position, the same for all x of a phase.
   int64_t shift(int64_t phase, int64_t k) const { return (phase + numerator(k)) / period; }
@@ -39,7 +37,7 @@ struct MapAxis {
 
   // Source positions that the written range [begin, begin + n) may read.
   int64_t first_source(int64_t begin) const {
-    return floor_div(begin * step + smaller(numerator(0), numerator(kernel - 1)), period);
+    return floor_div(begin * step + least(numerator(0), numerator(kernel - 1)), period);
   }
   int64_t source_extent(int64_t n) const {
     return ((n - 1) * step + (kernel - 1) * dilation) / period + (period > 1 ? 2 : 1);
@@ -63,7 +61,7 @@ struct Chunks {
     Chunk b;
     for (int a = 0; a < 3; ++a) {
       b.begin[a] = at[a] * size[a];
-      b.size[a] = smaller(size[a], whole[a] - b.begin[a]);
+      b.size[a] = least(size[a], whole[a] - b.begin[a]);
     }
     return b;
   }
@@ -132,16 +130,16 @@ void list_terms(const MapAxis* axis, const int64_t* phases, const PanelShape& pa
   const int64_t numbers = panel.planes * kernel[0] * kernel[1] * kernel[2];
   // How many terms from this one on are one run: it ends with the row of taps and with the group.
   const auto run_length = [&](int64_t number, int64_t end) -> int64_t {
-    const int64_t most = smaller(kernel[2] - number % kernel[2], end - number);
-    if (!lists.sliding || most < 3) return 1;
-    if (most <= 5 || (most == 7 && Vec<Total<T>>::registers == 32)) return most;
-    return most <= 8 ? (most + 1) / 2 : 5;
+    const int64_t left = least(kernel[2] - number % kernel[2], end - number);
+    if (!lists.sliding || left < 3) return 1;
+    if (left <= 5 || (left == 7 && Vec<Total<T>>::registers == 32)) return left;
+    return left <= 8 ? (left + 1) / 2 : 5;
   };
   for (int64_t qd = 0; qd < phases[0]; ++qd)
     for (int64_t qh = 0; qh < phases[1]; ++qh)
       for (int64_t qw = 0; qw < phases[2]; ++qw) {
         for (int64_t group = 0; group < numbers; group += group_length<T>) {
-          const int64_t end = smaller(group + group_length<T>, numbers);
+          const int64_t end = least(group + group_length<T>, numbers);
           const int32_t before = count;
           for (int parity = 0; parity < chains_of<T>; ++parity) {
             int64_t length = 1;
@@ -180,7 +178,7 @@ inline bool choose_chunks(const MapAxis* axis, int64_t element_bytes, int64_t bu
   if (bytes() > panel_limit) return false;
   for (int a = 2; a >= 0; --a) {
     int64_t low = 1, high = chunks.whole[a];
-    if (a == 2) high = smaller(high, widest);
+    if (a == 2) high = least(high, widest);
     if (in_order && a < 2 && chunks.count[a + 1] > 1) high = 1;
     while (low < high) {
       chunks.size[a] = (low + high + 1) / 2;
@@ -211,8 +209,8 @@ bool pack_weights(const ConvProblem& p, int64_t channels, int64_t group, int64_t
   bool finite = true;
   for (int64_t c = 0; c < blocks * lanes; ++c) {
     E* to = weights + c / lanes * numbers * lanes + c % lanes;
-    const int64_t own = shifted && c / lanes == blocks - 1 ? channels - lanes + c % lanes
-                                                           : smaller(c, channels - 1);
+    const int64_t own =
+        shifted && c / lanes == blocks - 1 ? channels - lanes + c % lanes : least(c, channels - 1);
     const T* filter = static_cast<const T*>(p.weight.data);
     filter +=
         transposed ? own / group * planes * stride[0] + own % group * stride[1] : own * stride[0];

@@ -200,7 +200,7 @@ void write_totals(const ConvProblem& p, int64_t first, int64_t number, int64_t n
   using V = Vec<Total<T>>;
   const int64_t* const stride = p.weight.stride;
   const Axis* const axis = p.shape.axis;
-  const int lanes = static_cast<int>(smaller(V::lanes, p.shape.out_channels - first));
+  const int lanes = static_cast<int>(least(V::lanes, p.shape.out_channels - first));
   for (int64_t i = 0; i < numbers; ++i) {
     const Position k = Position::of(number + i, p.shape.group_in(), axis[0].kernel, axis[1].kernel,
                                     axis[2].kernel);
@@ -230,7 +230,7 @@ bool grad_weight_in_place(const ConvProblem& p) {
   // Rows, as many as read few enough lines that the first cache still has them for the next block.
   const int64_t extent = (high.kernel - 1) * high.dilation + 1;
   const int64_t band =
-      larger(1, (128 - (extent - high.stride) * wide.in) / (high.stride * wide.in + wide.out));
+      most(1, (128 - (extent - high.stride) * wide.in) / (high.stride * wide.in + wide.out));
   const int64_t rows = deep.out * high.out;
 
   const auto work = [&](int64_t begin, int64_t end) {
@@ -242,7 +242,7 @@ bool grad_weight_in_place(const ConvProblem& p) {
     T* const chains = arena.take<T>(count * sums);
     // For each row of the band where what each row of taps reads lies, or -1; last its gradient.
     int64_t* const offsets = arena.take<int64_t>(band * (plane_rows + 1));
-    const auto channel = [&](int64_t b) { return smaller((begin + b) * L, channels - L); };
+    const auto channel = [&](int64_t b) { return least((begin + b) * L, channels - L); };
     std::memset(chains, 0, count * sums * sizeof(T));
     for (int64_t b = 0; b < count; ++b)
       read_totals<T>(p, channel(b), 0, s.taps(), totals + b * sums);
@@ -255,12 +255,12 @@ bool grad_weight_in_place(const ConvProblem& p) {
       const T* const sample = static_cast<const T*>(input.data) + n * input.stride[0];
       const T* const grads = static_cast<const T*>(output.data) + n * output.stride[0];
       for (int64_t first = 0; first < rows; first += band) {
-        const int64_t last = smaller(first + band, rows);
+        const int64_t last = least(first + band, rows);
         // What the next band reads first is fetched meanwhile, across the end of a sample too.
         const int64_t far = high.input_of((last - 1) % high.out, high.kernel - 1) + 1 +
                             deep.input_of((last - 1) / high.out, deep.kernel - 1) * high.in;
         const T* const input_ahead =
-            sample + larger(0, smaller(far, deep.in * high.in)) * input.stride[3];
+            sample + most(0, least(far, deep.in * high.in)) * input.stride[3];
         const T* const grad_ahead = grads + last * output.stride[3];
         for (int64_t at = first; at < last; ++at) {
           const int64_t d = at / high.out, h = at % high.out;
@@ -291,11 +291,11 @@ bool grad_weight_in_place(const ConvProblem& p) {
             pixels.grad_ahead = share(grad_ahead, 1, output.stride[3], wide.out);
             int64_t number = at * wide.out;
             for (int64_t w = 0; w < wide.out;) {
-              const int64_t next = smaller(wide.out, w + G - number % G);
+              const int64_t next = least(wide.out, w + G - number % G);
               pixels.grad = grad + w * output.stride[4];
               pixels.grad_pitch = output.stride[4];
-              pixels.left = larger(smaller(left, next) - w, 0);
-              pixels.middle = larger(smaller(right, next) - larger(left, w), 0);
+              pixels.left = most(least(left, next) - w, 0);
+              pixels.middle = most(least(right, next) - most(left, w), 0);
               pixels.right = next - w - pixels.left - pixels.middle;
               pixels.column = wide.input_of(w, 0);
               pixels.tap_columns = wide.dilation;
@@ -362,12 +362,12 @@ bool few_channels_grad_weight(const ConvProblem& p) {
   const int64_t blocks = (s.out_channels + L - 1) / L, threads = thread_count();
   int64_t parts = 1;
   const auto rounds = [&] { return (blocks * parts + threads - 1) / threads; };
-  while (parts < smaller(all_rows, 4) && rounds() * threads * 6 > blocks * parts * 7) ++parts;
+  while (parts < least(all_rows, 4) && rounds() * threads * 6 > blocks * parts * 7) ++parts;
   const int64_t together =
       parts > 1
           ? 1
-          : smaller(smaller(Lanes::together(p.input, s.group_out()), Lanes::together(p.output, 1)),
-                    blocks);
+          : least(least(Lanes::together(p.input, s.group_out()), Lanes::together(p.output, 1)),
+                  blocks);
   PanelShape panel{together, planes, {}, L}, grad_panel{together, 1, {}, L};
   Chunks chunks;
   if (!choose_chunks(axis, sizeof(E), panel_bytes, INT64_MAX, true, chunks, panel)) return false;
@@ -396,7 +396,7 @@ bool few_channels_grad_weight(const ConvProblem& p) {
     const E** const start = arena.take<const E*>(all_rows);  // what each row of taps reads
     for (int64_t task = begin; task < end;) {
       const int64_t first = task / parts, part = task % parts;
-      const int64_t team = parts > 1 ? 1 : smaller(together, end - task);
+      const int64_t team = parts > 1 ? 1 : least(together, end - task);
       task += team;
       const int64_t r0 = all_rows * part / parts, r1 = all_rows * (part + 1) / parts;
       const int64_t count = (r1 - r0) * kernel * L;  // sums of a block
@@ -423,7 +423,7 @@ bool few_channels_grad_weight(const ConvProblem& p) {
               const E* const panel_row = values + axis[0].base(d) * panel.slice_pitch() +
                                          axis[1].base(h) * panel.row_pitch();
               for (int64_t w = 0; w < chunk.size[2];) {
-                const int64_t piece = smaller(chunk.size[2] - w, G - number % G);
+                const int64_t piece = least(chunk.size[2] - w, G - number % G);
                 for (int64_t b = 0; b < team; ++b)
                   for (int c = 0; c < chains_of<T>; ++c) {
                     const int64_t at = w + ((number + c) % chains_of<T>);

@@ -85,15 +85,15 @@ void in_place_tile(const InPlacePlan<T>& plan, const TapRow<T>* rows, int row_co
   using Columns = TileColumns<stride, transposed>;
   constexpr int L = V::lanes, line = 64 / sizeof(T);
   const int64_t pitch = plan.spacing * plan.source.stride[4];
-  const int64_t new_rows = smaller(plan.axis[1].step, 2);
-  const int64_t new_elements = pixels * smaller(plan.axis[2].step, 2) / plan.axis[2].period * L;
+  const int64_t new_rows = least(plan.axis[1].step, 2);
+  const int64_t new_elements = pixels * least(plan.axis[2].step, 2) / plan.axis[2].period * L;
   const int64_t out_pixel = plan.written.stride[4], out_row = plan.written.stride[3];
   const int64_t blocks = (plan.channels + L - 1) / L;
   const int first = edge && w < 0 ? static_cast<int>(-w) : 0;
-  const int end = edge ? static_cast<int>(smaller(pixels, plan.axis[2].written - w)) : pixels;
+  const int end = edge ? static_cast<int>(least(pixels, plan.axis[2].written - w)) : pixels;
   to += w * out_pixel;
   for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t channel = smaller(b * L, plan.channels - L);
+    const int64_t channel = least(b * L, plan.channels - L);
     const T* const weights = plan.weights + b * plan.taps * L;
     for (int64_t r = 0; r < new_rows; ++r)
       for (int64_t i = 0; i < new_elements; i += line)
@@ -163,7 +163,7 @@ void in_place_rows(const InPlacePlan<T>& plan, int64_t begin, int64_t end) {
     const T* const ahead =
         sample + axis[0].base(d) * source.stride[2] +
         (axis[1].base(h) + 1 +
-         larger(axis[1].numerator(0), axis[1].numerator(axis[1].kernel - 1)) / axis[1].period) *
+         most(axis[1].numerator(0), axis[1].numerator(axis[1].kernel - 1)) / axis[1].period) *
             source.stride[3];
     const auto tile = [&](auto constant, int64_t w) {
       constexpr int pixels = constant.value;
@@ -176,10 +176,10 @@ void in_place_rows(const InPlacePlan<T>& plan, int64_t begin, int64_t end) {
         runs[j].first_there = 0, runs[j].end = columns;
         if (column >= 0 && column + (columns - 1) * spacing < axis[2].source) continue;
         edge = true;
-        const int64_t first_there = larger(0, -floor_div(column, spacing));
+        const int64_t first_there = most(0, -floor_div(column, spacing));
         const int64_t end = -floor_div(column - axis[2].source, spacing);
-        runs[j].first_there = static_cast<int>(smaller(first_there, columns));
-        runs[j].end = static_cast<int>(larger(0, smaller(end, columns)));
+        runs[j].first_there = static_cast<int>(least(first_there, columns));
+        runs[j].end = static_cast<int>(most(0, least(end, columns)));
       }
       const auto run = edge ? in_place_tile<T, stride, transposed, pixels, true>
                             : in_place_tile<T, stride, transposed, pixels, false>;

@@ -36,12 +36,12 @@ struct ChannelLanes {
         planes(planes),
         channel_stride(view.stride[1]),
         w_stride(view.stride[4]),
-        last_count(static_cast<int>(smaller(L, channels - (first + blocks - 1) * L))) {
+        last_count(static_cast<int>(least(L, channels - (first + blocks - 1) * L))) {
     const int64_t count = (blocks - 1) * L + last_count;
     const int64_t base = first * L / group * planes;
     for (int64_t l = 0; l < blocks * L; ++l)
       offset[l] = l < count ? (first * L + l) / group * planes * channel_stride : offset[0];
-    const int64_t last = (first * L + smaller(count, L) - 1) / group * planes + planes - 1;
+    const int64_t last = (first * L + least(count, L) - 1) / group * planes + planes - 1;
     if (channel_stride == 1 && group == 1 && planes == 1)
       kind = adjacent;
     else if (w_stride == 1)
@@ -92,8 +92,8 @@ struct ChannelLanes {
   void put(const E* panel, int64_t n, T* row) const {
     if (kind == rows) {
       for (int64_t next = 0; next < n; next += L) {
-        const int64_t i = smaller(next, larger(n - L, 0));  // the last may overlap the one before
-        const int m = static_cast<int>(smaller(L, n - i));
+        const int64_t i = least(next, most(n - L, 0));  // the last may overlap the one before
+        const int m = static_cast<int>(least(L, n - i));
         V block[L];
 #pragma GCC unroll 16
         for (int q = 0; q < L; ++q) block[q] = V::load(panel + (i + (q < m ? q : 0)) * L);
@@ -122,8 +122,8 @@ struct ChannelLanes {
   void fetch_plane(const T* row, const int64_t* lane, int64_t n, E* panel) const {
     if (kind == rows) {
       for (int64_t next = 0; next < n; next += L) {
-        const int64_t i = smaller(next, larger(n - L, 0));  // the last may overlap the one before
-        const int m = static_cast<int>(smaller(L, n - i));
+        const int64_t i = least(next, most(n - L, 0));  // the last may overlap the one before
+        const int m = static_cast<int>(least(L, n - i));
         V block[L];
         if (m == L) {
 #pragma GCC unroll 16
@@ -161,8 +161,8 @@ void fill_panel(const PanelShape& shape, const ChannelLanes<T>& lanes, const Raw
     first[a] = axis[a].first_source(chunk.begin[a]);
     need[a] = axis[a].source_extent(chunk.size[a]);
   }
-  const int64_t left = smaller(larger(-first[2], 0), need[2]);
-  const int64_t right = smaller(larger(axis[2].source - first[2], left), need[2]);
+  const int64_t left = least(most(-first[2], 0), need[2]);
+  const int64_t right = least(most(axis[2].source - first[2], left), need[2]);
   const T* const sample = static_cast<const T*>(view.data) + n * view.stride[0];
   for (int64_t d = 0; d < need[0]; ++d)
     for (int64_t h = 0; h < need[1]; ++h) {

@@ -127,8 +127,8 @@ void list_tile(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
         low.store(to);
         high.store(to + V::lanes);
       } else {
-        low.store(to, static_cast<int>(smaller(2 * tile.lanes, V::lanes)));
-        high.store(to + V::lanes, static_cast<int>(larger(2 * tile.lanes - V::lanes, 0)));
+        low.store(to, static_cast<int>(least(2 * tile.lanes, V::lanes)));
+        high.store(to + V::lanes, static_cast<int>(most(2 * tile.lanes - V::lanes, 0)));
       }
     });
   }
@@ -338,7 +338,7 @@ struct PlaneTiling {
   PlaneTiling() = default;
   PlaneTiling(int64_t rows, int64_t columns, PlaneWay way, int64_t kernel)
       : rows(rows), columns(columns), parts(way == PlaneWay::pairs ? 2 : 1) {
-    const int widest = static_cast<int>(smaller((columns + L - 1) / L, 3));
+    const int widest = static_cast<int>(least((columns + L - 1) / L, 3));
     // Chains wait for each other where few are under way.
     if (way == PlaneWay::roll && kernel * widest * chains_of<T> < 5) way = PlaneWay::list;
     int64_t best = INT64_MAX;
@@ -358,10 +358,10 @@ struct PlaneTiling {
   // One row of tiles. `tile` has everything but `last` and `lanes`, at the row's first column.
   TNC_INLINE void run(const PlanePhase<T>& phase, int64_t columns, PlaneTile<T> tile) const {
     const int64_t vecs = (columns + L - 1) / L;
-    tile.lanes = static_cast<int>(smaller(columns, L));
+    tile.lanes = static_cast<int>(least(columns, L));
     for (int64_t v = 0; v < vecs;) {
       const int64_t some = next(vecs - v);
-      tile.last = v + some < vecs ? (some - 1) * L : larger(columns - L, 0) - v * L;
+      tile.last = v + some < vecs ? (some - 1) * L : most(columns - L, 0) - v * L;
       function[some](phase, tile);
       v += some;
       tile.source += some * L;
@@ -473,7 +473,7 @@ bool map_planes(const ConvProblem& p) {
   TermLists lists = TermLists::take<T>(plan, numbers, phase_count);
   const bool finite = pack_weights<T>(p, channels, group, planes, 1, false, weights);
   if (transposed && !finite) return false;
-  const int64_t nearest = smaller(axis[2].numerator(0), axis[2].numerator(axis[2].kernel - 1));
+  const int64_t nearest = least(axis[2].numerator(0), axis[2].numerator(axis[2].kernel - 1));
   list_terms<T>(
       axis, phases, panel, false,
       [&](int64_t phase, int64_t k) {
@@ -516,8 +516,8 @@ bool map_planes(const ConvProblem& p) {
       int64_t first[3], from[3], to[3];  // what a panel holds, and what of that lies in the tensor
       for (int a = 0; a < 3; ++a) {
         first[a] = axis[a].first_source(chunk.begin[a]);
-        from[a] = larger(first[a], 0);
-        to[a] = smaller(first[a] + axis[a].source_extent(chunk.size[a]), axis[a].source);
+        from[a] = most(first[a], 0);
+        to[a] = least(first[a] + axis[a].source_extent(chunk.size[a]), axis[a].source);
       }
       const T* const plane = static_cast<const T*>(source.data) + n * source.stride[0] +
                              g * planes * source.stride[1] + from[2];
@@ -536,8 +536,8 @@ bool map_planes(const ConvProblem& p) {
       if (finite) {
         first_row = upwards ? first[1] + panel.extent[1] - to[1] : from[1] - first[1];
         end_row = upwards ? first[1] + panel.extent[1] - from[1] : to[1] - first[1];
-        first_row = smaller(first_row, kernel - 1);
-        end_row = larger(end_row, first_row);
+        first_row = least(first_row, kernel - 1);
+        end_row = most(end_row, first_row);
       }
       const T* const ahead = chunks.total() == 1 ? plane + planes * source.stride[1]
                                                  : plane + to[1] * source.stride[3];
@@ -545,7 +545,7 @@ bool map_planes(const ConvProblem& p) {
         phase.weights = weights + c * numbers;
         phase.bias = p.bias ? widened(static_cast<const T*>(p.bias)[c]) : E(0);
         for (int64_t d = 0; d < chunk.size[0]; ++d)
-          for (int64_t qh = 0; qh < smaller(period_h, chunk.size[1]); ++qh) {
+          for (int64_t qh = 0; qh < least(period_h, chunk.size[1]); ++qh) {
             const int64_t rows = (chunk.size[1] - qh + period_h - 1) / period_h;
             const int64_t at_d = chunk.begin[0] + d, at_h = chunk.begin[1] + qh;
             const E* const slice = values + (axis[0].base(at_d) - first[0]) * panel.slice_pitch();
@@ -560,9 +560,8 @@ bool map_planes(const ConvProblem& p) {
               tiling = PlaneTiling<T>(rows, columns, way, kernel);
             const int64_t some = tiling.tile_rows;
             for (int64_t next = 0; next < rows; next += some) {
-              const int64_t row =
-                  smaller(next, rows - some);  // the last may overlap the one before
-              for (int64_t qw = 0; qw < (pairs ? 1 : smaller(period_w, chunk.size[2])); ++qw) {
+              const int64_t row = least(next, rows - some);  // the last may overlap the one before
+              for (int64_t qw = 0; qw < (pairs ? 1 : least(period_w, chunk.size[2])); ++qw) {
                 const int64_t at_w = chunk.begin[2] + qw;
                 const int64_t q = of_row + at_w % period_w;
                 phase.chain = lists.phase_begin[q];

@@ -48,6 +48,7 @@ DTYPES = {
 CHECKED_MULTIPLY_ADDS = 20_000_000  # of a layer, or those of one channel if that is more
 SECONDS_PER_SAMPLE = 2e-3  # short calls are repeated until a sample takes this long
 COPIED_BYTES = 2**28
+TINY = ConvLayer("call", 1, 3, (8, 8), 8, (3, 3), (1, 1), (0, 0), (1, 1), 1)
 
 Call = Callable[[], Any]
 
@@ -258,6 +259,27 @@ def medians(calls: Sequence[Call], rounds: int) -> list[float]:
     return [statistics.median(s) for s in samples]
 
 
+def tiny_calls(rounds: int) -> Iterator[str]:
+    """What a call costs whose products cost nothing: a table in microseconds, one thread."""
+    bench = ConvBench(TINY, torch.float32, False, "auto")
+    x, w = bench.input, bench.weight
+    needing = x.clone().requires_grad_(), w.clone().requires_grad_()
+
+    def both(function: Callable[..., Tensor]) -> Call:
+        return lambda: torch.autograd.grad(function(*needing), needing, bench.grad)
+
+    pairs = {
+        "forward": [lambda: bench.function(x, w), lambda: bench.torchs(x, w)],
+        "forward and backward": [both(bench.function), both(bench.torchs)],
+    }
+    torch.set_num_threads(1)
+    yield "| call, 1x3x8x8, 8 filters of 3x3 | ours / torch | ours as a multiple of torch's |"
+    yield "|---|---|---|"
+    for name, calls in pairs.items():
+        ours, torchs = medians(calls, rounds)
+        yield f"| {name} | {1e6 * ours:.1f} / {1e6 * torchs:.1f} us | {ours / torchs:.2f} |"
+
+
 def copy_bandwidth() -> float:
     """Bytes a second, read and written, of copying a tensor larger than any cache."""
     source = torch.ones(COPIED_BYTES // 4)
@@ -370,6 +392,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--impl", nargs="+", default=["auto"], metavar="ROW", help="rows of the tables, or auto"
     )
     parser.add_argument("--rounds", type=int, default=7, help="of timing; the median counts")
+    parser.add_argument("--calls", action="store_true", help="only: what a tiny call costs")
     parser.add_argument("--json", metavar="FILE", help="write the results")
     parser.add_argument("--plot", metavar="FILE", help="write a bar chart of the ratios")
 
@@ -434,6 +457,9 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     threads = torch.get_num_threads()
     try:
+        if arguments.calls:
+            print("\n".join(tiny_calls(arguments.rounds)))
+            return 0
         before, results = machine_limits(arguments), list(measure(arguments))
         after = machine_limits(arguments)
     finally:
