@@ -348,7 +348,7 @@ def plot(results: Sequence[Result], path: str, title: str) -> None:
     for i, (direction, threads, impl) in enumerate(series):
         chosen = [r for r in results if (r.direction, r.threads, r.impl) == series[i]]
         positions = [layers.index(r.layer) + (i + 0.5) / (len(series) + 1) for r in chosen]
-        label = f"{direction}, {threads} threads, {impl}"
+        label = f"{direction}, {threads} thread{'s' * (threads > 1)}, {impl}"
         axes.barh(positions, [r.ratio for r in chosen], 1 / (len(series) + 1), label=label)
     axes.set_yticks([i + 0.5 for i in range(len(layers))], layers)
     axes.set_xscale("log")
