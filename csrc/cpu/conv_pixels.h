@@ -56,6 +56,26 @@ inline GridAxis gradient_axis(const Axis& a, int64_t phase) {
   return g;
 }
 
+// Joins axes whose pixels follow one another through image and target, so that a 1x1 layer has one
+// long row: there the last vector of a row, or of a box, counts for little.
+inline void join_axes(GridAxis (&grid)[3], const int64_t* image_stride,
+                      const int64_t* target_stride) {
+  const auto copies = [](const GridAxis& a) {
+    return a.taps == 1 && a.shift(0) == 0 && a.image_step == 1 && a.step == 1 &&
+           a.count == a.image_size;
+  };
+  for (int a = 1; a >= 0; --a) {
+    GridAxis& inner = grid[2];
+    if (!copies(grid[a]) || !copies(inner) ||
+        image_stride[a + 2] != inner.count * image_stride[4] ||
+        target_stride[a + 2] != inner.count * target_stride[4])
+      return;
+    inner.count *= grid[a].count;
+    inner.image_size = inner.count;
+    grid[a].count = grid[a].image_size = 1;
+  }
+}
+
 // Pixels [from, to) of an axis, for which taps [tap, tap + taps) are multiplied.
 struct Stretch {
   int64_t from, to, tap, taps;
@@ -112,6 +132,7 @@ struct Part {
   int32_t* start = nullptr;   // of each group
   int32_t* length = nullptr;  // of each chain of each group
   Term* term = nullptr;
+  int64_t last_group;  // that has terms
 };
 
 // A grid, all its terms as the panels hold them, and its parts. The stride phases of a call, which
@@ -143,7 +164,8 @@ struct Images {
 };
 
 // Few channels would leave most of a vector empty: then rather have vectors of pixels. So would an
-// odd vector of channels leave registers: fewer than 8 chains wait for themselves.
+// odd vector of channels leave registers: fewer than 8 chains wait for themselves. And vectors of
+// what lies side by side in the result are stored as they are.
 template <class S>
 bool has_vectors_of_pixels(const Images<S>& call, const GridAxis (&grid)[3]) {
   using Size = TileSize<typename Kind<S>::T, Kind<S>::chains>;
@@ -154,7 +176,11 @@ bool has_vectors_of_pixels(const Images<S>& call, const GridAxis (&grid)[3]) {
     slots += most(Size::rows * (cut_at(vecs, tiles, i + 1) - cut_at(vecs, tiles, i)), 8);
   const double channels_used = double(call.lanes * Size::rows) / double(slots * L);
   const double pixels_used = double(pixels) / double(up(pixels, L) * L);
-  return grid[2].image_step == 1 && pixels_used > 1.1 * channels_used;
+  if (grid[2].image_step != 1) return false;
+  if (call.target_stride[1] == 1) return pixels_used > 2 * channels_used;
+  // Storing NCHW out of vectors of channels costs as much as four terms more.
+  const double terms = double(call.image_channels * grid[0].taps * grid[1].taps * grid[2].taps);
+  return pixels_used * (1 + 4 / terms) > 1.05 * channels_used;
 }
 
 // What the patch of a box holds of an axis: what any of the phases reads, of which pixel j reads
@@ -247,11 +273,11 @@ void each_term(const Images<S>& call, const Taps& taps, int64_t groups, int32_t*
 }
 
 // The product of one tile of lanes for all rows of a box, `rows[i]` of part i: the groups from g0
-// to g1 on top of the totals of the earlier ones.
+// to g1 on top of the totals of the earlier ones. `finish` takes the totals of a part's last group.
 template <class S, class T>
 void multiply_lanes(const Images<S>& call, const Phase& phase, const S* weight, LaneTile tile,
                     int64_t g0, int64_t g1, bool wide, int64_t step, const T* const* row,
-                    const int64_t* rows, T* panel, T* total) {
+                    const int64_t* rows, T* panel, T* total, const Finish<T>* finish) {
   using K = Kind<S>;
   const int64_t pitch = (wide ? tile.lanes : tile.vecs) * Vec<T>::lanes;
   for (int64_t g = g0; g < g1; ++g) {
@@ -270,16 +296,21 @@ void multiply_lanes(const Images<S>& call, const Phase& phase, const S* weight, 
     }
     const T* const* from = row;
     T* to = total;
+    Finish<T> here = finish ? *finish : Finish<T>{};
     for (int64_t i = 0; i < phase.parts; ++i) {
       const Part& part = phase.part[i];
       const Term* const terms = part.term + part.start[g];
       const int32_t* const length = part.length + g * K::chains;
+      const Finish<T>* const closes = finish && g == part.last_group ? &here : nullptr;
       if (rows[i] == 0 || (g > 0 && part.start[g] == part.start[g + 1])) {
       } else if (wide) {
-        multiply_vectors<T, K::chains>(from, rows[i], terms, length, panel, tile.lanes, to, g > 0);
+        multiply_vectors<T, K::chains>(from, rows[i], terms, length, panel, tile.lanes, to, g > 0,
+                                       closes);
       } else {
-        multiply_rows<T, K::chains>(from, rows[i], terms, length, panel, tile.vecs, to, g > 0);
+        multiply_rows<T, K::chains>(from, rows[i], terms, length, panel, tile.vecs, to, g > 0,
+                                    closes);
       }
+      here.position += rows[i];
       from += rows[i];
       to += rows[i] * pitch;
     }
@@ -375,6 +406,12 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
   using Size = TileSize<T, K::chains>;
   constexpr int L = Vec<T>::lanes;
   const int64_t all_taps = call.kernel[0] * call.kernel[1] * call.kernel[2];
+  GridAxis joined[3];
+  if (phases == 1) {
+    for (int a = 0; a < 3; ++a) joined[a] = grid[0][a];
+    join_axes(joined, call.image_stride, call.target_stride);
+    grid = &joined;
+  }
   const bool wide = has_vectors_of_pixels(call, grid[0]);
   const int64_t lane_vecs = up(call.lanes, L);
   int64_t terms = 0, most_taps = 0;
@@ -503,6 +540,9 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
                           static_cast<int32_t>(channel * layout.channel + taps.in_image[tap]),
                           packed[number]};
                     });
+          part.last_group = 0;
+          for (int64_t g = 1; g < groups; ++g)
+            if (part.start[g] < part.start[g + 1]) part.last_group = g;
         }
   }
 
@@ -639,31 +679,40 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
                   tile = block.tile(j);
                 }
                 const int64_t channel = group * call.lanes + tile.first;
+                for (int64_t l = 0; l < up(tile.lanes, L) * L; ++l)
+                  bias[l] = call.bias && l < tile.lanes ? widened(call.bias[channel + l]) : T(0);
+                S* const to = call.target + channel * call.target_stride[1];
+                const int64_t* to_row = position + i * box_rows;
+                const int64_t to_pixel = p.grid[2].step * call.target_stride[4];
+                const int64_t width = least(upper[3], p.grid[2].count) - lower[3];
+                const int pixels = static_cast<int>(least(width, L));
+                Finish<T> finish;
+                bool at_once = false;  // where vectors lie side by side in the result
+                if constexpr (std::is_same_v<S, T>) {
+                  at_once = wide ? to_pixel == 1 : call.target_stride[1] == 1;
+                  finish = {
+                      to,           to_row, call.target_stride[1], bias, wide ? pixels : tile.lanes,
+                      &task_special};
+                }
                 multiply_lanes(
                     call, p,
                     call.weight + group * call.group_stride + tile.first * call.lane_stride, tile,
-                    g0, g1, wide, step, row + i * box_rows, rows_of + i * parts, panel, total);
-                if (g1 == groups) {
-                  for (int64_t l = 0; l < up(tile.lanes, L) * L; ++l)
-                    bias[l] = call.bias && l < tile.lanes ? widened(call.bias[channel + l]) : T(0);
-                  S* const to = call.target + channel * call.target_stride[1];
-                  const int64_t* to_row = position + i * box_rows;
-                  if (wide) {
-                    const int64_t width = least(upper[3], p.grid[2].count) - lower[3];
-                    const T* from = total;
-                    for (int64_t k = 0; k < parts; ++k) {
-                      const int64_t some = rows_of[i * parts + k];
-                      task_special |= store_vectors<T, K::chains>(
-                          from, some, tile.lanes, bias, to, to_row, call.target_stride[1],
-                          p.grid[2].step * call.target_stride[4],
-                          static_cast<int>(least(width, L)));
-                      from += some * tile.lanes * L;
-                      to_row += some;
-                    }
-                  } else {
-                    task_special |= store_rows(total, rows, tile.vecs, tile.lanes, bias, to, to_row,
-                                               call.target_stride[1]);
+                    g0, g1, wide, step, row + i * box_rows, rows_of + i * parts, panel, total,
+                    at_once ? &finish : nullptr);
+                if (g1 < groups || at_once) {
+                } else if (wide) {
+                  const T* from = total;
+                  for (int64_t k = 0; k < parts; ++k) {
+                    const int64_t some = rows_of[i * parts + k];
+                    task_special |=
+                        store_vectors<T, K::chains>(from, some, tile.lanes, bias, to, to_row,
+                                                    call.target_stride[1], to_pixel, pixels);
+                    from += some * tile.lanes * L;
+                    to_row += some;
                   }
+                } else {
+                  task_special |= store_rows(total, rows, tile.vecs, tile.lanes, bias, to, to_row,
+                                             call.target_stride[1]);
                 }
                 if (!one_chunk) total += rows * (wide ? tile.lanes : tile.vecs) * L;
               }

@@ -35,20 +35,41 @@ struct Term {
   int32_t in_place, packed;
 };
 
+// Where closed totals go at once: bias added, made canonical, stored in the result. The vectors of
+// a tile must lie side by side there: its lanes, or the pixels of a wide tile.
+template <class T>
+struct Finish {
+  T* target = nullptr;
+  const int64_t* position = nullptr;  // of each pointer
+  int64_t row_step = 0;               // of a wide tile's rows
+  const T* bias = nullptr;            // of each lane, or of each row of a wide tile
+  int elements = 0;                   // of a row's vectors, or of each vector of a wide tile
+  bool* special = nullptr;            // becomes true if an infinity or a NaN was stored
+};
+
 // `tiles` of them, one below the other: their pointers follow in `in_place`, their rows in `total`,
-// whose Rows x Vecs vectors a tile begin from +0 unless `resume`. `length[c]` terms of chain c,
-// chain after chain. `last` is the last pointer of the whole work: what lies ahead is asked for
-// early.
+// whose Rows x Vecs vectors a tile begin from +0 unless `resume`, unless `finish` takes them.
+// `length[c]` terms of chain c, chain after chain. `last` is the last pointer of the whole work:
+// what lies ahead is asked for early.
 template <class T, int Chains, int Rows, int Vecs, bool Wide>
 void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
                     const int32_t* length, const T* panel, T* total, bool resume,
-                    const T* const* last) {
+                    const T* const* last, const Finish<T>* finish) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
   constexpr int pointers = Wide ? Vecs : Rows;
+  const int64_t* position = finish ? finish->position : nullptr;
+  auto special = is_special(V::zero());
   for (; tiles > 0; --tiles, in_place += pointers, total += Rows * Vecs * L) {
     const Term* term = terms;
     const T* const ahead = last - in_place > 2 * pointers ? in_place[2 * pointers] : *last;
+    if (!Wide && finish) {
+      const int64_t* const next = position + (last - in_place > 3 * pointers ? 2 * pointers : 0);
+#pragma GCC unroll 16
+      for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < Vecs; ++j) prefetch_to_write(finish->target + next[i] + j * L);
+    }
     const T* at[pointers];
     V chain[Chains][Rows][Vecs];
 #pragma GCC unroll 16
@@ -69,7 +90,7 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
           for (int i = 0; i < Rows; ++i) row[i] = V::broadcast(packed[i]);
 #pragma GCC unroll 8
           for (int j = 0; j < Vecs; ++j) {
-            const V lane = V::load(at[j] + o);
+            const V lane = in_register(V::load(at[j] + o));
 #pragma GCC unroll 16
             for (int i = 0; i < Rows; ++i) chain[c][i][j] = fma(row[i], lane, chain[c][i][j]);
           }
@@ -86,21 +107,41 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
         }
       }
     }
+    const auto total_of = [&](int i, int j) __attribute__((always_inline)) {
+      V sum = chain[0][i][j];
+      if constexpr (Chains == 2) sum = sum + chain[1][i][j];
+      return (resume ? V::load(total + (i * Vecs + j) * L) : V::zero()) + sum;
+    };
+    if (finish == nullptr) {
 #pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i)
+      for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 8
-      for (int j = 0; j < Vecs; ++j) {
-        T* const p = total + (i * Vecs + j) * L;
-        V sum = chain[0][i][j];
-        if constexpr (Chains == 2) sum = sum + chain[1][i][j];
-        ((resume ? V::load(p) : V::zero()) + sum).store(p);
-      }
+        for (int j = 0; j < Vecs; ++j) total_of(i, j).store(total + (i * Vecs + j) * L);
+    } else {
+#pragma GCC unroll 16
+      for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < Vecs; ++j) {
+          const V bias = Wide ? V::broadcast(finish->bias[i]) : V::load(finish->bias + j * L);
+          const V sum = total_of(i, j) + bias;
+          special = V::either(special, is_special(sum));
+          T* const to =
+              finish->target + (Wide ? position[j] + i * finish->row_step : position[i] + j * L);
+          const int elements = finish->elements - (Wide ? 0 : j * L);
+          if (elements >= L || (!Wide && j + 1 < Vecs))
+            canonical(sum).store(to);
+          else
+            canonical(sum).store(to, elements);
+        }
+      position += pointers;
+    }
   }
+  if (V::any(special)) *finish->special = true;
 }
 
 template <class T>
 using Tiles = void (*)(int64_t, const T* const*, const Term*, const int32_t*, const T*, T*, bool,
-                       const T* const*);
+                       const T* const*, const Finish<T>*);
 
 // The tile of `rows` x `vecs`, 1 <= rows <= TileSize::rows, 1 <= vecs <= TileSize::vecs.
 template <class T, int Chains, int Rows = TileSize<T, Chains>::rows>
@@ -136,14 +177,19 @@ TNC_INLINE Tiles<T> wide_tile_of(int rows, int64_t limit, int& vecs) {
 // total[r] += the group, for all rows; total has `vecs` vectors a row.
 template <class T, int Chains>
 void multiply_rows(const T* const* row, int64_t rows, const Term* terms, const int32_t* length,
-                   const T* panel, int vecs, T* total, bool resume) {
+                   const T* panel, int vecs, T* total, bool resume,
+                   const Finish<T>* finish = nullptr) {
   constexpr int step = TileSize<T, Chains>::rows;
   const int64_t whole = rows / step * step;
   const T* const* const last = row + rows - 1;
-  tile_of<T, Chains>(step, vecs)(rows / step, row, terms, length, panel, total, resume, last);
-  if (whole < rows)
-    tile_of<T, Chains>(static_cast<int>(rows - whole), vecs)(
-        1, row + whole, terms, length, panel, total + whole * vecs * Vec<T>::lanes, resume, last);
+  tile_of<T, Chains>(step, vecs)(rows / step, row, terms, length, panel, total, resume, last,
+                                 finish);
+  if (whole == rows) return;
+  Finish<T> rest = finish ? *finish : Finish<T>{};
+  if (finish) rest.position += whole;
+  tile_of<T, Chains>(static_cast<int>(rows - whole), vecs)(1, row + whole, terms, length, panel,
+                                                           total + whole * vecs * Vec<T>::lanes,
+                                                           resume, last, finish ? &rest : nullptr);
 }
 
 // The wide tiles of `rows` rows that cover `vectors` vectors: use(tile, first vector, number of
@@ -163,10 +209,13 @@ TNC_INLINE void each_wide_run(int rows, int64_t vectors, const Use& use) {
 // has its totals, rows x width, at v * rows vectors.
 template <class T, int Chains>
 void multiply_vectors(const T* const* vector, int64_t vectors, const Term* terms,
-                      const int32_t* length, const T* panel, int rows, T* total, bool resume) {
+                      const int32_t* length, const T* panel, int rows, T* total, bool resume,
+                      const Finish<T>* finish) {
   each_wide_run<T, Chains>(rows, vectors, [&](Tiles<T> tile, int64_t v, int64_t tiles, int) {
+    Finish<T> rest = finish ? *finish : Finish<T>{};
+    if (finish) rest.position += v;
     tile(tiles, vector + v, terms, length, panel, total + v * rows * Vec<T>::lanes, resume,
-         vector + vectors - 1);
+         vector + vectors - 1, finish ? &rest : nullptr);
   });
 }
 

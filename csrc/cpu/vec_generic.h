@@ -6,6 +6,7 @@
 //   store                  store(p, n) writes the first n only
 //   load(const Half*), store(BFloat16*) ...   exact widening; one rounding to nearest even
 //   fma(a, b, c)           one rounding of a * b + c
+//   in_register(a)         a itself; else the compiler may load it anew for each use
 //   Mask                   greater, is_nan, first(n), select(mask, yes, no), either, any
 //   canonical              every NaN becomes the canonical one
 //   permute(lane)          result[i] = this[lane[i]]
@@ -87,6 +88,7 @@ struct Vec {
     for (int i = 0; i < lanes; ++i) r.v[i] = fused(a.v[i], b.v[i], c.v[i]);
     return r;
   }
+  friend TNC_INLINE Vec in_register(Vec a) { return a; }
 
   friend TNC_INLINE Mask greater(Vec a, Vec b) { return a.v > b.v; }
   friend TNC_INLINE Mask is_nan(Vec a) { return a.v != a.v; }
