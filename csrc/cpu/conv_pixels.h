@@ -247,7 +247,7 @@ struct Taps {
 
 // use(t, channel, tap, number) for term t of all, group after group and chain after chain. `number`
 // is the contract's.
-template <class S, class Use>
+template <int Chains, class S, class Use>
 void each_term(const Images<S>& call, const Taps& taps, int64_t groups, int32_t* start,
                int32_t* length, const Use& use) {
   using K = Kind<S>;
@@ -256,17 +256,17 @@ void each_term(const Images<S>& call, const Taps& taps, int64_t groups, int32_t*
   for (int64_t g = 0; g < groups; ++g) {
     start[g] = static_cast<int32_t>(t);
     const int64_t channel0 = channel, tap0 = tap;
-    for (int64_t chain = 0; chain < K::chains; ++chain) {
+    for (int64_t chain = 0; chain < Chains; ++chain) {
       const int64_t before = t;
       channel = channel0;
       tap = tap0;
       while (channel < call.image_channels) {
         const int64_t number = channel * all_taps + taps.number[tap];
         if (number >= (g + 1) * K::group) break;
-        if (K::chains == 1 || number % K::chains == chain) use(t++, channel, tap, number);
+        if (Chains == 1 || number % Chains == chain) use(t++, channel, tap, number);
         if (++tap == taps.count) tap = 0, ++channel;
       }
-      length[g * K::chains + chain] = static_cast<int32_t>(t - before);
+      length[g * Chains + chain] = static_cast<int32_t>(t - before);
     }
   }
   start[groups] = static_cast<int32_t>(t);
@@ -289,10 +289,9 @@ void multiply_lanes(const Images<S>& call, const Phase& phase, const S* weight, 
         for (int64_t i = 0; i < tile.lanes; ++i)
           panel[t * tile.lanes + i] = widened(weight[i * call.lane_stride + lane[t]]);
     } else {
-      pack_panel(panel, tile.vecs, tile.lanes, weight, call.lane_stride, lane, n, step);
-      if (g + 1 < g1)
-        prefetch_panel(tile.lanes, weight, call.lane_stride, phase.lane + phase.start[g + 1],
-                       phase.start[g + 2] - phase.start[g + 1]);
+      const int32_t* const start = phase.start + g;
+      pack_panel(panel, tile.vecs, tile.lanes, weight, call.lane_stride, lane, n, step,
+                 phase.lane + start[1], g + 1 < g1 ? start[2] - start[1] : 0);
     }
     const T* const* from = row;
     T* to = total;
@@ -515,13 +514,13 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
               first_shift, layout);
     p.start = plan.take<int32_t>(groups + 1);
     p.lane = plan.take<int32_t>(call.image_channels * taps.count);
-    int32_t* const length = plan.take<int32_t>(groups * K::chains);
-    each_term(call, taps, groups, p.start, length,
-              [&](int64_t t, int64_t channel, int64_t tap, int64_t number) {
-                p.lane[t] =
-                    static_cast<int32_t>(channel * call.channel_stride + taps.in_weight[tap]);
-                packed[number] = static_cast<int32_t>(t - p.start[number / K::group]);
-              });
+    int32_t* const length = plan.take<int32_t>(groups);
+    each_term<1>(call, taps, groups, p.start, length,
+                 [&](int64_t t, int64_t channel, int64_t tap, int64_t number) {
+                   p.lane[t] =
+                       static_cast<int32_t>(channel * call.channel_stride + taps.in_weight[tap]);
+                   packed[number] = static_cast<int32_t>(t - p.start[number / K::group]);
+                 });
     p.parts = 0;
     p.part = plan.take<Part>(parts);
     for (int d = 0; d < cut[0].count; ++d)
@@ -534,12 +533,12 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
           part.start = plan.take<int32_t>(groups + 1);
           part.length = plan.take<int32_t>(groups * K::chains);
           part.term = plan.take<Term>(call.image_channels * taps.count);
-          each_term(call, taps, groups, part.start, part.length,
-                    [&](int64_t t, int64_t channel, int64_t tap, int64_t number) {
-                      part.term[t] = {
-                          static_cast<int32_t>(channel * layout.channel + taps.in_image[tap]),
-                          packed[number]};
-                    });
+          each_term<K::chains>(
+              call, taps, groups, part.start, part.length,
+              [&](int64_t t, int64_t channel, int64_t tap, int64_t number) {
+                part.term[t] = {static_cast<int32_t>(channel * layout.channel + taps.in_image[tap]),
+                                packed[number]};
+              });
           part.last_group = 0;
           for (int64_t g = 1; g < groups; ++g)
             if (part.start[g] < part.start[g + 1]) part.last_group = g;
@@ -552,7 +551,7 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
     row_step[a] = reach[a].step / (patched ? hop[a] : 1) * layout.axis[a];
   }
   // What lies side by side in the weight: the taps of a channel, or the channels of a tap.
-  const int64_t step = call.channel_stride == 1 && K::chains == 1 ? most_taps : 1;
+  const int64_t step = call.channel_stride == 1 ? most_taps : 1;
   const int64_t tasks = call.groups * lane_blocks * boxes;
   parallel_for(
       tasks, most(1, work_of_task * tasks / most(work, 1)), K::mode,

@@ -248,9 +248,8 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
                     const int64_t terms = least(K::group, last - first - group_of * K::group);
                     t += number / 2 - number + (number % 2 ? up(terms, 2) : 0);
                   }
-                  term[t] = {static_cast<int32_t>(from),
-                             static_cast<int32_t>(t - group_of * K::group)};
-                  lane_offset[t] = static_cast<int32_t>(of);
+                  term[t] = {static_cast<int32_t>(from), static_cast<int32_t>(number)};
+                  lane_offset[group_of * K::group + number] = static_cast<int32_t>(of);
                 }
               }
 
@@ -262,11 +261,10 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
                   const int64_t terms = terms_of[t / K::group];
                   int32_t length[max_chains] = {static_cast<int32_t>(up(terms, K::chains)),
                                                 static_cast<int32_t>(terms / 2)};
+                  const bool more = t + K::group < last - first;
                   pack_panel(panel, tile.vecs, tile.lanes, lanes, grad_stride[1], lane_offset + t,
-                             terms, 1);
-                  if (t + K::group < last - first)
-                    prefetch_panel(tile.lanes, lanes, grad_stride[1], lane_offset + t + K::group,
-                                   terms_of[t / K::group + 1]);
+                             terms, 1, lane_offset + t + K::group,
+                             more ? terms_of[t / K::group + 1] : 0);
                   multiply_rows<T, K::chains>(row, rows, term + t, length, panel, tile.vecs, total,
                                               resumed || n > 0 || first + t > 0);
                 }

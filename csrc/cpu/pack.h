@@ -57,17 +57,8 @@ template <class T>
 TNC_INLINE T widened(T x) {
   return x;
 }
-TNC_INLINE float widened(BFloat16 x) {
-  const uint32_t bits = uint32_t{x.bits} << 16;
-  float wide;
-  __builtin_memcpy(&wide, &bits, 4);
-  return wide;
-}
-TNC_INLINE float widened(Half x) {
-  float wide[Vec<float>::lanes];
-  Vec<float>::load(&x, 1).store(wide);
-  return wide[0];
-}
+TNC_INLINE float widened(BFloat16 x) { return widen(x); }
+TNC_INLINE float widened(Half x) { return widen(x); }
 
 TNC_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 TNC_INLINE void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }
@@ -138,16 +129,21 @@ TNC_INLINE int run_length(const Integer* number, int64_t limit, int64_t step = 1
 
 // panel[t][j] = src[j * lane_stride + offset[t]] for t < terms, j < lanes; +0 up to vecs vectors.
 // Terms that are `step` apart may lie side by side in memory: the taps of a channel if that is 1,
-// the channels of a tap if it is their number.
+// the channels of a tap if it is their number. Meanwhile the memory of the panel after this one,
+// whose terms are `next`, is asked for, a few lines at a time: a burst of them would hold up the
+// loads.
 template <class T, class S>
 void pack_panel(T* panel, int vecs, int lanes, const S* src, int64_t lane_stride,
-                const int32_t* offset, int64_t terms, int64_t step) {
+                const int32_t* offset, int64_t terms, int64_t step, const int32_t* next,
+                int64_t next_terms) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
+  constexpr int line = 64 / sizeof(S);
   const int64_t pitch = int64_t{vecs} * L;
   if (lane_stride == 1) {
     for (int64_t t = 0; t < terms; ++t, panel += pitch) {
       const S* const from = src + offset[t];
+      for (int k = 0; k < lanes && t < next_terms; k += line) prefetch(src + next[t] + k);
       int j = 0;
       for (; j + L <= lanes; j += L) V::load(from + j).store(panel + j);
       if (j < lanes) V::load(from + j, lanes - j).store(panel + j);
@@ -163,6 +159,7 @@ void pack_panel(T* panel, int vecs, int lanes, const S* src, int64_t lane_stride
         const S* const from = lane + offset[t];
         T* const to = panel + t * pitch + j;
         const int64_t apart = step * pitch;
+        for (int i = 0; i < some && t < next_terms; ++i) prefetch(lane + i * lane_stride + next[t]);
         t += run * step;
         if (run >= L / 4) {
           V block[L];
@@ -188,20 +185,6 @@ void pack_panel(T* panel, int vecs, int lanes, const S* src, int64_t lane_stride
           }
         }
       }
-  }
-}
-
-// Asks for the memory that pack_panel will read.
-template <class S>
-void prefetch_panel(int lanes, const S* src, int64_t lane_stride, const int32_t* offset,
-                    int64_t terms) {
-  constexpr int line = 64 / sizeof(S);
-  if (lane_stride == 1) {
-    for (int64_t t = 0; t < terms; ++t)
-      for (int j = 0; j < lanes; j += line) prefetch(src + offset[t] + j);
-  } else {
-    for (int j = 0; j < lanes; ++j)
-      for (int64_t t = 0; t < terms; t += line) prefetch(src + j * lane_stride + offset[t]);
   }
 }
 
