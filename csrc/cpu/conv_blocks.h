@@ -62,7 +62,7 @@ struct Box {  // positions [from, to) on each axis; may reach outside the image
   int64_t size(int axis) const { return to[axis] - from[axis]; }
 };
 
-// How a patch lies in memory: channel after channel, whatever the image's memory format.
+// How a patch lies in memory: mostly channel after channel, whatever the image's memory format.
 struct PatchLayout {
   int64_t channel = 1, axis[3] = {0, 0, 0};
   int64_t elements = 0;  // for one sample
@@ -78,6 +78,16 @@ struct PatchLayout {
     p.elements = p.channel * channels;
     return p;
   }
+  // Pixel after pixel, as channels_last has them. Of many channels, pixels too lie an odd number of
+  // lines apart.
+  static PatchLayout by_pixel(int64_t channels, const int64_t (&size)[3]) {
+    PatchLayout p;
+    p.axis[2] = channels < 16 ? channels : (up(channels, 16) | 1) * 16;
+    p.axis[1] = p.axis[2] * size[2];
+    p.axis[0] = p.axis[1] * size[1];
+    p.elements = up(p.axis[0] * size[0] + 15, 16) * 16;
+    return p;
+  }
 };
 
 // Copies `channels` channels of the box, every hop-th position of each axis; what lies outside the
@@ -90,6 +100,26 @@ void copy_patch(T* patch, const PatchLayout& layout, const S* image, int64_t ima
   const int64_t w0 = least(up(most(-box.from[2], 0), hop[2]), width);
   const int64_t w1 = most(w0, least(up(most(image_size[2] - box.from[2], 0), hop[2]), width));
   const int64_t step = image_axis[2] * hop[2];
+  if (layout.channel == 1) {
+    const int64_t pitch = layout.axis[2];
+    for (int64_t d = box.from[0], i = 0; d < box.to[0]; d += hop[0], ++i)
+      for (int64_t h = box.from[1], j = 0; h < box.to[1]; h += hop[1], ++j) {
+        T* const to = patch + i * layout.axis[0] + j * layout.axis[1];
+        const bool inside = d >= 0 && d < image_size[0] && h >= 0 && h < image_size[1];
+        const int64_t first = inside ? w0 : width, last = inside ? w1 : width;
+        const S* const from = image + d * image_axis[0] + h * image_axis[1] +
+                              box.from[2] * image_axis[2] + w0 * step;
+        zero_run(to, first * pitch);
+        if (pitch == channels && step == channels) {
+          copy_run(to + first * pitch, from, 1, (last - first) * channels);
+        } else {
+          for (int64_t w = first; w < last; ++w)
+            copy_run(to + w * pitch, from + (w - first) * step, 1, channels);
+        }
+        zero_run(to + last * pitch, (width - last) * pitch);
+      }
+    return;
+  }
   const bool transposed = image_channel == 1 && image_axis[2] != 1 && channels > 1;
   const int64_t at_once = transposed ? channels : 1;  // channels
   for (int64_t c = 0; c < channels; c += at_once)

@@ -474,7 +474,9 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
     const int64_t plane =
         box_samples * patch_size[0] * patch_size[1] * patch_size[2] * int64_t{sizeof(T)};
     patch_channels = least(call.image_channels, most(patch_bytes / plane, channels_in_group));
-    layout = PatchLayout::of(patch_channels, patch_size);
+    const bool channels_last = call.image_stride[1] == 1 && call.image_stride[4] != 1;
+    layout = channels_last && !wide ? PatchLayout::by_pixel(patch_channels, patch_size)
+                                    : PatchLayout::of(patch_channels, patch_size);
     if (layout.elements > INT32_MAX / 2 || layout.channel * call.image_channels > INT32_MAX)
       return false;
   } else {

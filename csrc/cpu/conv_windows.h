@@ -72,6 +72,9 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
   const int64_t* const grad_stride = p.output.stride;
   const int64_t* const weight_stride = p.weight.stride;
 
+  // Neighbouring rows should lie side by side in the weight.
+  const bool taps_first = weight_stride[1] == 1;
+
   // Does a row point into the image or into a patch?
   bool patched = is_half_type<S>;
   int64_t image_reach = 0, grad_reach = 0;
@@ -106,7 +109,11 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
     channel_blocks = most(channel_blocks, least(s.group_in(), up(threads, s.groups * lane_blocks)));
   block_channels = up(s.group_in(), channel_blocks);
   const int64_t most_rows = block_channels * taps;
-  const int64_t patch_limit = patch_bytes / int64_t{sizeof(T)} / block_channels;
+  const bool by_pixel =
+      image_stride[1] == 1 && image_stride[4] != 1 && (taps_first || block_channels <= 4);
+  const int64_t patch_pitch =  // elements of a pixel
+      by_pixel ? PatchLayout::by_pixel(block_channels, {1, 1, 1}).axis[2] : block_channels;
+  const int64_t patch_limit = patch_bytes / int64_t{sizeof(T)} / patch_pitch;
 
   const int64_t tasks = s.groups * lane_blocks * channel_blocks;
   parallel_for(
@@ -122,7 +129,7 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
           }
           // Each channel of a band is rounded up (PatchLayout), by less than 64 elements.
           constexpr int64_t most_bands = sizeof(Bands::band) / sizeof(Bands::Band);
-          patch_size = (most(patch_size, patch_limit) + 64 * most_bands) * block_channels + L;
+          patch_size = (most(patch_size, patch_limit) + 64 * most_bands) * patch_pitch + L;
         }
         const int64_t total_size = most_rows * block_vecs * L;
         const int64_t panel_size = K::group * L * TileSize<T, K::chains>::vecs;
@@ -148,11 +155,22 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
           const LaneBlock<T, K::chains> block(s.group_out(), lane_block, lane_blocks);
           const int64_t channel0 = cut_at(s.group_in(), channel_blocks, channel_block);
           const int64_t channel1 = cut_at(s.group_in(), channel_blocks, channel_block + 1);
-          const int64_t rows = (channel1 - channel0) * taps;
+          const int64_t channels = channel1 - channel0, rows = channels * taps;
           const S* const image = static_cast<const S*>(p.input.data) +
                                  (group * s.group_in() + channel0) * image_stride[1];
           const S* const grad =
               static_cast<const S*>(p.output.data) + group * s.group_out() * grad_stride[1];
+
+          // use(r, c, d, h, w) for all rows
+          const auto each_row = [&](const auto& use) {
+            int64_t r = 0;
+            const int64_t outer = taps_first ? 1 : channels, inner = taps_first ? channels : 1;
+            for (int64_t c = 0; c < outer; ++c)
+              for (int64_t d = 0; d < s.axis[0].kernel; ++d)
+                for (int64_t h = 0; h < s.axis[1].kernel; ++h)
+                  for (int64_t w = 0; w < s.axis[2].kernel; ++w)
+                    for (int64_t k = 0; k < inner; ++k) use(r++, c + k, d, h, w);
+          };
 
           // The totals begin with the earlier ones.
           const bool resumed = p.total != nullptr;
@@ -161,14 +179,15 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
             T* to = totals;
             for (int64_t i = 0; i < block.tiles; ++i) {
               const LaneTile tile = block.tile(i);
-              for (int64_t r = 0; r < rows; ++r)
-                for (int64_t j = 0; j < tile.vecs * L; ++j)
-                  *to++ = j < tile.lanes
-                              ? earlier[((group * s.group_out() + tile.first + j) * s.group_in() +
-                                         channel0) *
-                                            taps +
-                                        r]
-                              : T(0);
+              const int64_t lane0 = group * s.group_out() + tile.first;
+              each_row([&](int64_t r, int64_t c, int64_t d, int64_t h, int64_t w) {
+                const int64_t tap = (d * s.axis[1].kernel + h) * s.axis[2].kernel + w;
+                for (int64_t j = 0; j < tile.vecs * L; ++j) {
+                  const int64_t from = ((lane0 + j) * s.group_in() + channel0 + c) * taps + tap;
+                  to[r * tile.vecs * L + j] = j < tile.lanes ? earlier[from] : T(0);
+                }
+              });
+              to += rows * tile.vecs * L;
             }
           }
 
@@ -191,7 +210,8 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
               PatchLayout layout;
               const S* const sample = image + n * image_stride[0];
               if (patched) {
-                layout = PatchLayout::of(channel1 - channel0, bands.size);
+                layout = by_pixel ? PatchLayout::by_pixel(channels, bands.size)
+                                  : PatchLayout::of(channels, bands.size);
                 const int64_t image_size[3] = {s.axis[0].in, s.axis[1].in, s.axis[2].in};
                 for (int b = 0; b < bands.count; ++b) {
                   Box box;
@@ -201,7 +221,7 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
                     box.to[a] = axis.input_of(bands.band[b].outputs.to[a] - 1, axis.kernel - 1) + 1;
                   }
                   copy_patch(patch + b * layout.elements, layout, sample, image_stride[1],
-                             image_stride + 2, image_size, box, {1, 1, 1}, channel1 - channel0);
+                             image_stride + 2, image_size, box, {1, 1, 1}, channels);
                 }
               } else {
                 layout.channel = image_stride[1];
@@ -210,15 +230,11 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
 
               // The rows: one tap of one channel each.
               const T* const origin = patched ? patch : reinterpret_cast<const T*>(sample);
-              int64_t rows_so_far = 0;
-              for (int64_t c = 0; c < channel1 - channel0; ++c)
-                for (int64_t d = 0; d < s.axis[0].kernel; ++d)
-                  for (int64_t h = 0; h < s.axis[1].kernel; ++h)
-                    for (int64_t w = 0; w < s.axis[2].kernel; ++w)
-                      row[rows_so_far++] = origin + c * layout.channel +
-                                           d * s.axis[0].dilation * layout.axis[0] +
-                                           h * s.axis[1].dilation * layout.axis[1] +
-                                           w * s.axis[2].dilation * layout.axis[2];
+              each_row([&](int64_t r, int64_t c, int64_t d, int64_t h, int64_t w) {
+                row[r] = origin + c * layout.channel + d * s.axis[0].dilation * layout.axis[0] +
+                         h * s.axis[1].dilation * layout.axis[1] +
+                         w * s.axis[2].dilation * layout.axis[2];
+              });
 
               // The terms: pixels in order, in 16-bit groups the even ones first.
               const bool known = first == known_first && last == known_last;
@@ -273,13 +289,10 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
               first = last;
             }
 
-          int64_t r = 0;
-          for (int64_t c = channel0; c < channel1; ++c)
-            for (int64_t d = 0; d < s.axis[0].kernel; ++d)
-              for (int64_t h = 0; h < s.axis[1].kernel; ++h)
-                for (int64_t w = 0; w < s.axis[2].kernel; ++w)
-                  position[r++] = c * weight_stride[1] + d * weight_stride[2] +
-                                  h * weight_stride[3] + w * weight_stride[4];
+          each_row([&](int64_t r, int64_t c, int64_t d, int64_t h, int64_t w) {
+            position[r] = (channel0 + c) * weight_stride[1] + d * weight_stride[2] +
+                          h * weight_stride[3] + w * weight_stride[4];
+          });
           const T* total = totals;
           for (int64_t i = 0; i < block.tiles; ++i) {
             const LaneTile tile = block.tile(i);
