@@ -83,7 +83,9 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
       for (int32_t n = length[c]; n > 0; --n) {
         const int64_t o = term->in_place;
         const T* const packed = panel + term++->packed * int64_t{Wide ? Rows : Vecs * L};
-        prefetch(ahead + o);
+        // All lines, where the memory's speed decides.
+#pragma GCC unroll 8
+        for (int j = 0; j < (Wide && Rows <= 2 ? Vecs : 1); ++j) prefetch(ahead + o + j * L);
         if constexpr (Wide && Rows < Vecs) {
           V row[Rows];
 #pragma GCC unroll 16
