@@ -47,7 +47,11 @@ bool forward(const PoolProblem& p) {
 template <class L, class T>
 bool scatter(const PoolProblem& p) {
   int64_t windows = 1;  // that reach an input
-  for (const Axis& a : p.shape.axis) windows *= (a.kernel + a.stride - 1) / a.stride;
+  for (const Axis& a : p.shape.axis) {
+    windows *= (a.kernel + a.stride - 1) / a.stride;
+    // Two taps of one window may not have the same position in the plane.
+    if (p.kind == IndexKind::flat && (a.kernel - 1) * a.dilation >= a.in) return false;
+  }
   if (windows > 9 || p.shape.taps() > 32) return false;
   const SumCodec<L> codec = SumCodec<L>::template of<T>(p.index_type);
   Scatter<L>(p, codec).run();
