@@ -51,8 +51,9 @@ struct Masked : Blended {
   static Wide<L> choices(const uint8_t* from) {
     if constexpr (sizeof(L) == 4)
       return (Wide<L>)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-    else
-      return (Wide<L>)_mm256_cvtepu8_epi64(_mm_loadu_si32(from));
+    int32_t four;
+    __builtin_memcpy(&four, from, sizeof(four));
+    return (Wide<L>)_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
   }
   template <class L>
   static Wide<L> choices(const uint8_t* from, int64_t count) {

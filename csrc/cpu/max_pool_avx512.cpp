@@ -102,13 +102,6 @@ struct Masked {
     else
       return (V)_mm512_fixupimm_pd((__m512d)other, (__m512d)x, _mm512_set1_epi64(table), 0);
   }
-
-  // In a register, rather than read from memory for every use: loads are what these kernels wait
-  // for.
-  template <class V>
-  static void keep(V& v) {
-    __asm__("" : "+v"(v));
-  }
 };
 }  // namespace
 }  // namespace TNC_ISA

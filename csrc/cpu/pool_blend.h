@@ -34,8 +34,4 @@ struct Blended {
   static V replace_nan(V x, V other) {
     return x == x ? x : other;
   }
-
-  // There are too few registers to say what should stay in one.
-  template <class V>
-  static void keep(V&) {}
 };

@@ -202,6 +202,7 @@ void add_terms(const Sums<L>& s, int64_t rows, int64_t count, const Term* terms,
         }
       }
       for (int v = 0; v < n; ++v) {
+        if (exact) prefetch_to_write(to + i + v * V + pixels_ahead * s.to_pitch);
         if (whole)
           store(to + i + v * V, canonical_sum<L>(sum[v]));
         else
@@ -216,8 +217,8 @@ void add_terms(const Sums<L>& s, int64_t rows, int64_t count, const Term* terms,
   }
 }
 
-// A row of windows that reach a row of inputs, and the tap of its width that is the first, followed
-// by the others, in all lanes. Or a plane of windows: its first row.
+// A row of windows, or a plane of them by its first row: `own` is the first tap that meets the inputs
+// there, in all lanes, followed by the others.
 template <class L>
 struct GradRow {
   const L* grad;
@@ -302,9 +303,11 @@ void expand_pixel(const L* grad, const uint8_t* index, int64_t channels, const C
     const Vec<L> sum = canonical_sum<L>(load(grad + c) + Vec<L>{});
     const Choices<L> chosen = Masked::choices<L>(index + c);
     for (int64_t kh = 0; kh < height; ++kh)
-      for (int64_t kw = 0; kw < width; ++kw)
-        store(to + kh * pitch + kw * pixel + c,
-              Masked::pick<L>(Masked::equal<L>(chosen, own[kh * width + kw]), sum));
+      for (int64_t kw = 0; kw < width; ++kw) {
+        L* const target = to + kh * pitch + kw * pixel + c;
+        prefetch_to_write(target + pixels_ahead * pixel);
+        store(target, Masked::pick<L>(Masked::equal<L>(chosen, own[kh * width + kw]), sum));
+      }
   }
 }
 
@@ -380,7 +383,7 @@ void scatter_blocks(const GradRow<L>* planes, int64_t plane_count, int64_t grad_
   const bool overlap = whole >= 0 && size % stride == 0;  // as in scatter_row
   Choices<L> own[kernel * kernel];
 #pragma GCC unroll 16
-  for (int k = 0; k < kernel * kernel; ++k) Masked::keep(own[k] = Masked::choice<L>(k));
+  for (int k = 0; k < kernel * kernel; ++k) own[k] = Masked::choice<L>(k);
   for (int64_t row = 0; row < rows; row += B::rows) {
     row = std::min(row, rows - B::rows);  // the last block overlaps the one before it
     const int64_t first = static_cast<int64_t>(static_cast<uint64_t>(row) / stride);
@@ -397,8 +400,7 @@ void scatter_blocks(const GradRow<L>* planes, int64_t plane_count, int64_t grad_
           const uint8_t* const indices = planes[p].index + (first + m) * index_pitch + window;
 #pragma GCC unroll 8
           for (int n = 0; n < Windows::count; ++n) {
-            Vec<L> grad = load(grads + n);
-            Masked::keep(grad);
+            const Vec<L> grad = load(grads + n);
             const Choices<L> chosen = Masked::minus<L>(Masked::choices<L>(indices + n), first_tap);
 #pragma GCC unroll 4
             for (int r = 0; r < B::rows; ++r) {
@@ -797,7 +799,7 @@ class Scatter {
     return pixels;
   }
 
-  // `count` choices from window ow on, each `step` windows from the one before it.
+  // `count` choices: of windows next to each other (step 1), or of one window's channels (0).
   void stage_choices(const Tile& t, int64_t od, int64_t oh, int64_t ow, int64_t stride,
                      int64_t count, uint8_t* to, int64_t step = 0) const {
     const char* const from = static_cast<const char*>(p_.index.data) +
