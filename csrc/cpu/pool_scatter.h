@@ -217,8 +217,8 @@ void add_terms(const Sums<L>& s, int64_t rows, int64_t count, const Term* terms,
   }
 }
 
-// A row of windows, or a plane of them by its first row: `own` is the first tap that meets the inputs
-// there, in all lanes, followed by the others.
+// A row of windows, or a plane of them by its first row: `own` is the first tap that meets the
+// inputs there, in all lanes, followed by the others.
 template <class L>
 struct GradRow {
   const L* grad;
