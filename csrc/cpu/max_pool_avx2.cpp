@@ -24,8 +24,10 @@ namespace TNC_ISA {
 namespace {
 constexpr int vector_bytes = 32;
 
+#include "pool_blend.h"
+
 // Loads and stores of the lanes whose mask is all ones; other memory is not touched.
-struct Masked {
+struct Masked : Blended {
   template <class L, class Mask, class V>
   static V load(const L* from, Mask mask, V otherwise) {
     if constexpr (sizeof(L) == 4)
@@ -43,9 +45,28 @@ struct Masked {
     else
       _mm256_maskstore_epi64(reinterpret_cast<long long*>(to), (__m256i)mask, (__m256i)v);
   }
-  // As many bytes as there are lanes of 4 bytes.
-  static __m256i widen(const uint8_t* from) {
-    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+
+  // As many choices of windows as there are lanes, or the first `count` of them; a tap in all.
+  template <class L>
+  static Wide<L> choices(const uint8_t* from) {
+    if constexpr (sizeof(L) == 4)
+      return (Wide<L>)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+    int32_t four;
+    __builtin_memcpy(&four, from, sizeof(four));
+    return (Wide<L>)_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+  }
+  template <class L>
+  static Wide<L> choices(const uint8_t* from, int64_t count) {
+    uint8_t bytes[Types<L>::lanes] = {};
+    for (int64_t i = 0; i < count; ++i) bytes[i] = from[i];
+    return choices<L>(bytes);
+  }
+  template <class L>
+  static Wide<L> choice(int64_t tap) {
+    if constexpr (sizeof(L) == 4)
+      return (Wide<L>)_mm256_set1_epi32(static_cast<int>(tap));
+    else
+      return (Wide<L>)_mm256_set1_epi64x(tap);
   }
 };
 }  // namespace

@@ -46,9 +46,61 @@ struct Masked {
     else
       _mm512_mask_storeu_epi64(to, _mm512_movepi64_mask((__m512i)mask), (__m512i)v);
   }
-  // As many bytes as there are lanes of 4 bytes.
-  static __m512i widen(const uint8_t* from) {
-    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+
+  // As many choices of windows as there are lanes, a byte each, or the first `count` of them.
+  template <class L>
+  static __m128i choices(const uint8_t* from) {
+    if constexpr (sizeof(L) == 4)
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    else
+      return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  }
+  template <class L>
+  static __m128i choices(const uint8_t* from, int64_t count) {
+    return _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << count) - 1), from);
+  }
+  template <class L>
+  static __m128i choice(int64_t tap) {
+    return _mm_set1_epi8(static_cast<char>(tap));
+  }
+  template <class L>
+  static __m128i minus(__m128i a, __m128i b) {
+    return _mm_sub_epi8(a, b);
+  }
+  template <class L>
+  static auto equal(__m128i a, __m128i b) {
+    return static_cast<std::conditional_t<sizeof(L) == 4, __mmask16, __mmask8>>(
+        _mm_cmpeq_epi8_mask(a, b));
+  }
+
+  // The sum with x added where a tap was chosen; x there, else 0.
+  template <class L, class V, class Mask>
+  static V add(V sum, Mask chosen, V x) {
+    if constexpr (std::is_same_v<L, float>)
+      return (V)_mm512_mask_add_ps((__m512)sum, chosen, (__m512)sum, (__m512)x);
+    else if constexpr (std::is_same_v<L, double>)
+      return (V)_mm512_mask_add_pd((__m512d)sum, chosen, (__m512d)sum, (__m512d)x);
+    else if constexpr (sizeof(L) == 4)
+      return (V)_mm512_mask_add_epi32((__m512i)sum, chosen, (__m512i)sum, (__m512i)x);
+    else
+      return (V)_mm512_mask_add_epi64((__m512i)sum, chosen, (__m512i)sum, (__m512i)x);
+  }
+  template <class L, class V, class Mask>
+  static V pick(Mask chosen, V x) {
+    if constexpr (sizeof(L) == 4)
+      return (V)_mm512_maskz_mov_epi32(chosen, (__m512i)x);
+    else
+      return (V)_mm512_maskz_mov_epi64(chosen, (__m512i)x);
+  }
+
+  template <class L, class V>
+  static V replace_nan(V x, V other) {
+    // By class of x, from the lowest: a quiet or signalling NaN keeps `other`, the rest is x.
+    constexpr int table = 0x11111100;
+    if constexpr (sizeof(L) == 4)
+      return (V)_mm512_fixupimm_ps((__m512)other, (__m512)x, _mm512_set1_epi32(table), 0);
+    else
+      return (V)_mm512_fixupimm_pd((__m512d)other, (__m512d)x, _mm512_set1_epi64(table), 0);
   }
 };
 }  // namespace

@@ -46,8 +46,8 @@ template <class Index, class I>
 void write_indices(void* to, int64_t stride, int64_t count, const I* __restrict from, int64_t base,
                    int64_t step) {
   Index* const target = static_cast<Index*>(to);
-  if (base == 0 && step == 0 && stride == 1)
-    for (int64_t i = 0; i < count; ++i) target[i] = static_cast<Index>(from[i]);
+  if (step == 0 && stride == 1)
+    for (int64_t i = 0; i < count; ++i) target[i] = static_cast<Index>(from[i] + base);
   else
     for (int64_t i = 0; i < count; ++i)
       target[i * stride] = static_cast<Index>(from[i] + base + i * step);

@@ -47,8 +47,14 @@ bool forward(const PoolProblem& p) {
 template <class L, class T>
 bool scatter(const PoolProblem& p) {
   int64_t windows = 1;  // that reach an input
-  for (const Axis& a : p.shape.axis) windows *= (a.kernel + a.stride - 1) / a.stride;
-  if (windows > 9 || p.shape.taps() > 32) return false;
+  for (const Axis& a : p.shape.axis) {
+    windows *= (a.kernel + a.stride - 1) / a.stride;
+    // Two taps of one window may not have the same position in the plane.
+    if (p.kind == IndexKind::flat && (a.kernel - 1) * a.dilation >= a.in) return false;
+  }
+  // With channels innermost a window is a whole vector for each of its taps.
+  const bool pixels = p.input.stride[1] == 1 && p.shape.channels >= lanes<L> && lanes<L> >= 8;
+  if (windows > (pixels ? 25 : 9) || p.shape.taps() > 32) return false;
   const SumCodec<L> codec = SumCodec<L>::template of<T>(p.index_type);
   Scatter<L>(p, codec).run();
   return true;

@@ -49,59 +49,62 @@ void write_joined(void* to, int64_t count, const Lane<T>* __restrict from, int64
     for (int phase = 0; phase < phases; ++phase)
       target[i * phases + phase] = from_sum<T>(from[phase * pitch + i]);
 }
-// to[i] = from[i * stride] - base - i * step, or -1 where that fits no lane.
-template <class Index, class I>
-void read_indices(const void* from, int64_t stride, int64_t count, I* __restrict to, int64_t base,
-                  int64_t step) {
+// A choice is the number of a tap in its window, a byte; this one is no tap's.
+constexpr uint8_t nobody = 255;
+
+template <class Index>
+void read_choices(const void* from, int64_t stride, int64_t count, uint8_t* __restrict to) {
   const Index* const source = static_cast<const Index*>(from);
-  const auto lane = [](int64_t index) {
-    return index == static_cast<I>(index) ? static_cast<I>(index) : I(-1);
+  const auto choice = [](Index index) {
+    return static_cast<uint8_t>(index >= 0 && index < nobody ? index : nobody);
   };
-  // A hand-made index may be anything: subtract modulo 2^64.
-  const auto less = [](int64_t index, int64_t origin) {
-    return static_cast<int64_t>(static_cast<uint64_t>(index) - static_cast<uint64_t>(origin));
-  };
-  if (base == 0 && step == 0 && stride == 1)
-    for (int64_t i = 0; i < count; ++i) to[i] = lane(source[i]);
+  if (stride == 1)
+    for (int64_t i = 0; i < count; ++i) to[i] = choice(source[i]);
   else
-    for (int64_t i = 0; i < count; ++i) to[i] = lane(less(source[i * stride], base + i * step));
+    for (int64_t i = 0; i < count; ++i) to[i] = choice(source[i * stride]);
+}
+// The same from positions in the plane: window i begins at base + i * step, and tap_of names the
+// tap that lies a distance behind that. A position made by hand may be anything: modulo 2^64.
+template <class Index>
+void read_positions(const void* from, int64_t stride, int64_t count, uint8_t* __restrict to,
+                    int64_t base, int64_t step, const std::vector<uint8_t>& tap_of) {
+  const Index* const source = static_cast<const Index*>(from);
+  for (int64_t i = 0; i < count; ++i) {
+    const uint64_t distance = static_cast<uint64_t>(static_cast<int64_t>(source[i * stride])) -
+                              static_cast<uint64_t>(base + i * step);
+    to[i] = distance < tap_of.size() ? tap_of[distance] : nobody;
+  }
 }
 
-// Rows of gradients and indices as they are to rows of lanes, `pitch` apart; without to_grad, the
-// indices alone.
+// Rows of gradients and choices to rows of lanes and bytes, `pitch` apart; without to_grad, the
+// choices alone.
 template <class L>
 struct Staged {
   const void *grad, *index;
   int64_t grad_pitch, index_pitch, rows, columns;
   L* to_grad;
-  LaneIndex<L>* to_index;
+  uint8_t* to_index;
   int64_t pitch;
 };
 template <class T, class Index>
 void stage_rows(const Staged<Lane<T>>& s) {
-  using L = Lane<T>;
-  using I = LaneIndex<L>;
-  constexpr int V = lanes<L>;
+  constexpr int64_t whole = 16;
   for (int64_t r = 0; r < s.rows; ++r) {
     const T* const grad = static_cast<const T*>(s.grad) + r * s.grad_pitch;
     const Index* const index = static_cast<const Index*>(s.index) + r * s.index_pitch;
-    L* const to_grad = s.to_grad + r * s.pitch;
-    I* const to_index = s.to_index + r * s.pitch;
-    if constexpr (is_lane_type<T> && sizeof(I) == 4 && sizeof(Index) == 1) {
-      if (s.columns >= V) {  // the last vector overlaps the one before it
-        for (int64_t i = 0; i < s.columns; i += V) {
-          i = std::min(i, s.columns - V);
-          store(to_index + i, (VecIndex<L>)Masked::widen(index + i));
-          if (s.to_grad)
-            store(to_grad + i, load(grad + i));
-          else
-            __builtin_prefetch(grad + i);
-        }
-        continue;
+    uint8_t* const to_index = s.to_index + r * s.pitch;
+    if (s.to_grad)
+      read_terms<T>(grad, 1, s.columns, s.to_grad + r * s.pitch);
+    else
+      for (int64_t i = 0; i < s.columns; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(grad + i);
+    if (sizeof(Index) == 1 && s.columns >= whole) {
+      for (int64_t i = 0; i < s.columns; i += whole) {
+        i = std::min(i, s.columns - whole);  // the last part overlaps the one before it
+        __builtin_memcpy(to_index + i, index + i, whole);
       }
+    } else {
+      read_choices<Index>(index, 1, s.columns, to_index);
     }
-    if (s.to_grad) read_terms<T>(grad, 1, s.columns, to_grad);
-    read_indices<Index>(index, 1, s.columns, to_index, 0, 0);
   }
 }
 
@@ -112,7 +115,9 @@ struct SumCodec {
   void (*read)(const void*, int64_t, int64_t, L*);
   void (*write)(void*, int64_t, int64_t, const L*);
   void (*join[5])(void*, int64_t, const L*, int64_t);  // by the number of phases
-  void (*read_index)(const void*, int64_t, int64_t, LaneIndex<L>*, int64_t, int64_t);
+  void (*read_index)(const void*, int64_t, int64_t, uint8_t*);
+  void (*read_position)(const void*, int64_t, int64_t, uint8_t*, int64_t, int64_t,
+                        const std::vector<uint8_t>&);
   void (*stage)(const Staged<L>&);
 
   template <class T>
@@ -124,11 +129,13 @@ struct SumCodec {
                    write_sums<T>,
                    {nullptr, nullptr, write_joined<T, 2>, write_joined<T, 3>, write_joined<T, 4>},
                    nullptr,
+                   nullptr,
                    nullptr};
     const auto set = [&](auto tag) {
       using Index = decltype(tag);
       codec.index_size = sizeof(Index);
-      codec.read_index = read_indices<Index, LaneIndex<L>>;
+      codec.read_index = read_choices<Index>;
+      codec.read_position = read_positions<Index>;
       codec.stage = stage_rows<T, Index>;
     };
     switch (type) {
@@ -144,64 +151,62 @@ struct SumCodec {
 template <class L>
 inline Vec<L> canonical_sum(Vec<L> sum) {
   if constexpr (std::is_floating_point_v<L>)
-    return sum == sum ? sum : broadcast(canonical_nan<L>());
+    return Masked::replace_nan<L>(sum, broadcast(canonical_nan<L>()));
   else
     return sum;
 }
 
-// sum + x where chosen.
+// What windows next to each other chose, as the row's instructions compare it.
 template <class L>
-inline void add_where(Vec<L>& sum, VecIndex<L> chosen, Vec<L> x) {
-  if constexpr (vector_bytes == 64)
-    sum = chosen ? sum + x : sum;  // one masked instruction
-  else
-    sum += chosen ? x : Vec<L>{};
-}
+using Choices = decltype(Masked::choice<L>(0));
 
-// A window that reaches an input: where its gradient and its index lie, and the index that names
-// the input.
-template <class I>
+// A window that reaches an input: where its gradient and its choice lie, and the tap that is the
+// input.
 struct Term {
-  int64_t grad, index;
-  I own;
+  int64_t grad, index, own;
 };
 
-// to[r][i] = the sum of the terms that chose input (r, i), in their order, from +0. `own` grows by
-// own_step from row to row. Unless `exact`, up to a vector behind every row is read and written.
+// to[r][i] = the sum of the terms that chose input (r, i), in their order, from +0. Unless `exact`,
+// up to a vector behind every row is read and written.
 template <class L>
 struct Sums {
   L* to;
   const L* grad;
-  const LaneIndex<L>* index;
-  int64_t to_pitch, grad_pitch, index_pitch, own_step;
+  const uint8_t* index;
+  int64_t to_pitch, grad_pitch, index_pitch;
 };
 template <bool exact, class L>
-void add_terms(const Sums<L>& s, int64_t rows, int64_t count, const Term<LaneIndex<L>>* terms,
+void add_terms(const Sums<L>& s, int64_t rows, int64_t count, const Term* terms,
                int64_t term_count) {
-  using I = LaneIndex<L>;
   constexpr int V = lanes<L>;
   for (int64_t r = 0; r < rows; ++r) {
     const L* const grad = s.grad + r * s.grad_pitch;
-    const I* const index = s.index + r * s.index_pitch;
+    const uint8_t* const index = s.index + r * s.index_pitch;
     L* const to = s.to + r * s.to_pitch;
     const auto sums = [&](int64_t i, auto vectors, bool whole) {
       constexpr int n = decltype(vectors)::value;
       Vec<L> sum[n] = {};
       for (int64_t k = 0; k < term_count; ++k) {
-        const Term<I>& t = terms[k];
-        const VecIndex<L> own = broadcast(static_cast<I>(t.own + r * s.own_step));
+        const Term& t = terms[k];
+        const Choices<L> own = Masked::choice<L>(t.own);
         for (int v = 0; v < n; ++v) {
-          const int64_t at = i + v * V;
-          const Vec<L> g = whole ? load(grad + t.grad + at)
-                                 : load_clipped(grad + t.grad + at, 0, count - at, L(0));
-          add_where<L>(sum[v], load(index + t.index + at) == own, g);
+          const L* const g = grad + t.grad + i + v * V;
+          const uint8_t* const chosen = index + t.index + i + v * V;
+          if (whole)
+            sum[v] =
+                Masked::add<L>(sum[v], Masked::equal<L>(Masked::choices<L>(chosen), own), load(g));
+          else
+            sum[v] =
+                Masked::add<L>(sum[v], Masked::equal<L>(Masked::choices<L>(chosen, count - i), own),
+                               load_clipped(g, 0, count - i, L(0)));
         }
       }
       for (int v = 0; v < n; ++v) {
+        if (exact) prefetch_to_write(to + i + v * V + pixels_ahead * s.to_pitch);
         if (whole)
           store(to + i + v * V, canonical_sum<L>(sum[v]));
         else
-          store_clipped(to, i + v * V, count, canonical_sum<L>(sum[v]));
+          store_clipped(to, i, count, canonical_sum<L>(sum[v]));
       }
     };
     int64_t i = 0;
@@ -212,21 +217,21 @@ void add_terms(const Sums<L>& s, int64_t rows, int64_t count, const Term<LaneInd
   }
 }
 
-// A row of windows that reach a row of inputs, and for each tap of its width the index that names
-// it, in all lanes.
+// A row of windows, or a plane of them by its first row: `own` is the first tap that meets the
+// inputs there, in all lanes, followed by the others.
 template <class L>
 struct GradRow {
   const L* grad;
-  const LaneIndex<L>* index;
-  const VecIndex<L>* own;
+  const uint8_t* index;
+  const Choices<L>* own;
 };
 
 // The same with channels innermost; `own` as in Term, for the first tap of the width.
 template <class L>
 struct PixelRow {
   const L* grad;
-  const LaneIndex<L>* index;
-  LaneIndex<L> own;
+  const uint8_t* index;
+  int64_t own;
 };
 
 // What the windows next to each other do to `stride` inputs each: input i + phase is tap
@@ -257,39 +262,52 @@ inline void join(const Vec<L>* phase, Vec<L>* out) {
   }
 }
 
-// Windows that do not overlap, in one row: `height` rows of inputs, each chosen by one at most. The
-// sum of one gradient is that gradient added to +0.
+// Windows that do not overlap, rows of them: `height` rows of inputs each, chosen by one at most.
+// The sum of one gradient is that gradient added to +0. Reads a vector where there are less.
 template <int stride, class L>
-void expand_row(const L* grad, const LaneIndex<L>* index, int64_t windows, const VecIndex<L>* own,
-                int64_t height, L* to, int64_t pitch) {
+void expand_rows(GradRow<L> row, int64_t grad_pitch, int64_t index_pitch, int64_t rows,
+                 int64_t windows, int64_t height, L* to, int64_t pitch) {
   constexpr int V = lanes<L>;
-  for (int64_t o = 0; o < windows; o += V) {
-    o = std::min(o, windows - V);  // the last vector overlaps the one before it
-    const Vec<L> sum = canonical_sum<L>(load(grad + o) + Vec<L>{});
-    const VecIndex<L> chosen = load(index + o);
-    for (int64_t kh = 0; kh < height; ++kh) {
-      Vec<L> phase[stride], out[stride];
-      for (int k = 0; k < stride; ++k) phase[k] = chosen == own[kh * stride + k] ? sum : Vec<L>{};
-      join<stride, L>(phase, out);
-      for (int v = 0; v < stride; ++v) store(to + kh * pitch + o * stride + v * V, out[v]);
+  for (int64_t r = 0; r < rows; ++r) {
+    prefetch_behind(to, height * windows * stride * int64_t(sizeof(L)));
+    for (int64_t o = 0; o < windows; o += V) {
+      // The last vector overlaps the one before it.
+      if (windows >= V) o = std::min(o, windows - V);
+      const Vec<L> sum = canonical_sum<L>(load(row.grad + o) + Vec<L>{});
+      const Choices<L> chosen = Masked::choices<L>(row.index + o);
+      for (int64_t kh = 0; kh < height; ++kh) {
+        Vec<L> phase[stride], out[stride];
+        for (int k = 0; k < stride; ++k)
+          phase[k] = Masked::pick<L>(Masked::equal<L>(chosen, row.own[kh * stride + k]), sum);
+        join<stride, L>(phase, out);
+        L* const row = to + kh * pitch + o * stride;
+        for (int v = 0; v < stride; ++v)
+          if (windows >= V)
+            store(row + v * V, out[v]);
+          else
+            store_clipped(row, v * V, windows * stride, out[v]);
+      }
     }
+    row.grad += grad_pitch, row.index += index_pitch, to += height * pitch;
   }
 }
 
 // The same with channels innermost, for one window in `channels` planes: `own` is that of its first
 // tap here, for `height` rows of `width` inputs.
 template <class L>
-void expand_pixel(const L* grad, const LaneIndex<L>* index, int64_t channels,
-                  const VecIndex<L>* own, int64_t height, int64_t width, L* to, int64_t pitch,
-                  int64_t pixel) {
+void expand_pixel(const L* grad, const uint8_t* index, int64_t channels, const Choices<L>* own,
+                  int64_t height, int64_t width, L* to, int64_t pitch, int64_t pixel) {
   constexpr int V = lanes<L>;
   for (int64_t c = 0; c < channels; c += V) {
     c = std::min(c, channels - V);  // the last vector overlaps the one before it
     const Vec<L> sum = canonical_sum<L>(load(grad + c) + Vec<L>{});
-    const VecIndex<L> chosen = load(index + c);
+    const Choices<L> chosen = Masked::choices<L>(index + c);
     for (int64_t kh = 0; kh < height; ++kh)
-      for (int64_t kw = 0; kw < width; ++kw)
-        store(to + kh * pitch + kw * pixel + c, chosen == own[kh * width + kw] ? sum : Vec<L>{});
+      for (int64_t kw = 0; kw < width; ++kw) {
+        L* const target = to + kh * pitch + kw * pixel + c;
+        prefetch_to_write(target + pixels_ahead * pixel);
+        store(target, Masked::pick<L>(Masked::equal<L>(chosen, own[kh * width + kw]), sum));
+      }
   }
 }
 
@@ -303,8 +321,8 @@ inline void scatter_row(const GradRow<L>* rows, int64_t any, int64_t size, L* to
   constexpr int V = lanes<L>;
   constexpr int held = known ? known : 1;
   const L* row_grad[held];
-  const LaneIndex<L>* row_index[held];
-  VecIndex<L> own[held][kernel];
+  const uint8_t* row_index[held];
+  Choices<L> own[held][kernel];
 #pragma GCC unroll 3
   for (int r = 0; r < known; ++r) {
     row_grad[r] = rows[r].grad, row_index[r] = rows[r].index;
@@ -321,36 +339,34 @@ inline void scatter_row(const GradRow<L>* rows, int64_t any, int64_t size, L* to
 #pragma GCC unroll 3
     for (int64_t r = 0; r < row_count; ++r) {
       const L* const grads = (known ? row_grad[r] : rows[r].grad) + window;
-      const LaneIndex<L>* const indices = (known ? row_index[r] : rows[r].index) + window;
+      const uint8_t* const indices = (known ? row_index[r] : rows[r].index) + window;
 #pragma GCC unroll 8
       for (int n = 0; n < Windows::count; ++n) {
         const Vec<L> grad = load(grads + n);
-        const VecIndex<L> index = load(indices + n);
+        const Choices<L> chosen = Masked::choices<L>(indices + n);
 #pragma GCC unroll 4
         for (int phase = 0; phase < stride; ++phase) {
           const int tap = phase + shift - (Windows::first + n) * stride;
           if (tap < 0 || tap >= kernel) continue;
-          add_where<L>(sum[phase], index == (known ? own[r][tap] : rows[r].own[tap]), grad);
+          sum[phase] = Masked::add<L>(
+              sum[phase], Masked::equal<L>(chosen, known ? own[r][tap] : rows[r].own[tap]), grad);
         }
       }
     }
     for (auto& phase : sum) phase = canonical_sum<L>(phase);
     Vec<L> out[stride];
     join<stride, L>(sum, out);
-    if (i <= whole) {
-      for (int v = 0; v < stride; ++v) store(to + i + v * V, out[v]);
-    } else {
-      L part[stride * V];
-      for (int v = 0; v < stride; ++v) store(part + v * V, out[v]);
-      for (int64_t j = 0; j < size - i; ++j) to[i + j] = part[j];
-    }
+    for (int v = 0; v < stride; ++v)
+      if (i <= whole)
+        store(to + i + v * V, out[v]);
+      else
+        store_clipped(to, i + v * V, size, out[v]);
   }
 }
 
 // A block of rows of inputs at once, where the height has the stride, kernel and shift of the
-// width: a gradient that is loaded goes to all the inputs that its window may have chosen. `rows`
-// holds, for each plane of windows, the rows that reach the block; `own` that of the plane's first
-// tap.
+// width: a gradient that is loaded goes to all the inputs that its window may have chosen. `planes`
+// are planes of windows, each from the first row on that reaches the first row of inputs.
 template <int stride, int kernel, int shift>
 struct Block {
   static constexpr int slots = stride == 1 ? 4 : 1;  // rows of inputs, in strides
@@ -358,52 +374,59 @@ struct Block {
   static constexpr int windows = Reached<stride, kernel, shift>::count + slots - 1;
 };
 template <int stride, int kernel, int shift, class L>
-void scatter_block(const GradRow<L>* rows, int64_t planes, int64_t size, L* to, int64_t pitch) {
+void scatter_blocks(const GradRow<L>* planes, int64_t plane_count, int64_t grad_pitch,
+                    int64_t index_pitch, int64_t rows, int64_t size, L* to, int64_t pitch) {
   using Windows = Reached<stride, kernel, shift>;
   using B = Block<stride, kernel, shift>;
   constexpr int V = lanes<L>;
   const int64_t whole = size - stride * V;
   const bool overlap = whole >= 0 && size % stride == 0;  // as in scatter_row
-  for (int64_t i = 0; i < size; i += stride * V) {
-    if (overlap) i = std::min(i, whole);
-    const int64_t window = static_cast<int64_t>(static_cast<uint64_t>(i) / stride);
-    Vec<L> sum[B::rows][stride] = {};
-    for (int64_t p = 0; p < planes; ++p) {
-      const GradRow<L>* const plane = rows + p * B::windows;
-      const VecIndex<L>* const own = plane->own;
+  Choices<L> own[kernel * kernel];
+#pragma GCC unroll 16
+  for (int k = 0; k < kernel * kernel; ++k) own[k] = Masked::choice<L>(k);
+  for (int64_t row = 0; row < rows; row += B::rows) {
+    row = std::min(row, rows - B::rows);  // the last block overlaps the one before it
+    const int64_t first = static_cast<int64_t>(static_cast<uint64_t>(row) / stride);
+    prefetch_behind(to + row * pitch, B::rows * size * int64_t(sizeof(L)));
+    for (int64_t i = 0; i < size; i += stride * V) {
+      if (overlap) i = std::min(i, whole);
+      const int64_t window = static_cast<int64_t>(static_cast<uint64_t>(i) / stride);
+      Vec<L> sum[B::rows][stride] = {};
+      for (int64_t p = 0; p < plane_count; ++p) {
+        const Choices<L> first_tap = *planes[p].own;
 #pragma GCC unroll 8
-      for (int m = 0; m < B::windows; ++m) {
-        const L* const grads = plane[m].grad + window;
-        const LaneIndex<L>* const indices = plane[m].index + window;
+        for (int m = 0; m < B::windows; ++m) {
+          const L* const grads = planes[p].grad + (first + m) * grad_pitch + window;
+          const uint8_t* const indices = planes[p].index + (first + m) * index_pitch + window;
 #pragma GCC unroll 8
-        for (int n = 0; n < Windows::count; ++n) {
-          const Vec<L> grad = load(grads + n);
-          const VecIndex<L> index = load(indices + n);
+          for (int n = 0; n < Windows::count; ++n) {
+            const Vec<L> grad = load(grads + n);
+            const Choices<L> chosen = Masked::minus<L>(Masked::choices<L>(indices + n), first_tap);
 #pragma GCC unroll 4
-          for (int r = 0; r < B::rows; ++r) {
+            for (int r = 0; r < B::rows; ++r) {
 #pragma GCC unroll 4
-            for (int phase = 0; phase < stride; ++phase) {
-              const int kh = r + shift - (Windows::first + m) * stride;
-              const int kw = phase + shift - (Windows::first + n) * stride;
-              if (kh < 0 || kh >= kernel || kw < 0 || kw >= kernel) continue;
-              add_where<L>(sum[r][phase], index == own[kh * kernel + kw], grad);
+              for (int phase = 0; phase < stride; ++phase) {
+                const int kh = r + shift - (Windows::first + m) * stride;
+                const int kw = phase + shift - (Windows::first + n) * stride;
+                if (kh < 0 || kh >= kernel || kw < 0 || kw >= kernel) continue;
+                sum[r][phase] = Masked::add<L>(
+                    sum[r][phase], Masked::equal<L>(chosen, own[kh * kernel + kw]), grad);
+              }
             }
           }
         }
       }
-    }
 #pragma GCC unroll 4
-    for (int r = 0; r < B::rows; ++r) {
-      for (auto& phase : sum[r]) phase = canonical_sum<L>(phase);
-      Vec<L> out[stride];
-      join<stride, L>(sum[r], out);
-      L* const row = to + r * pitch + i;
-      if (i <= whole) {
-        for (int v = 0; v < stride; ++v) store(row + v * V, out[v]);
-      } else {
-        L part[stride * V];
-        for (int v = 0; v < stride; ++v) store(part + v * V, out[v]);
-        for (int64_t j = 0; j < size - i; ++j) row[j] = part[j];
+      for (int r = 0; r < B::rows; ++r) {
+        for (auto& phase : sum[r]) phase = canonical_sum<L>(phase);
+        Vec<L> out[stride];
+        join<stride, L>(sum[r], out);
+        L* const target = to + (row + r) * pitch;
+        for (int v = 0; v < stride; ++v)
+          if (i <= whole)
+            store(target + i + v * V, out[v]);
+          else
+            store_clipped(target, i + v * V, size, out[v]);
       }
     }
   }
@@ -441,7 +464,7 @@ class Scatter {
         codec_(codec),
         of_plane_(problem.shape.axis[0]),
         of_row_(problem.shape.axis[1]) {
-    const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
+    const Axis &h = s_.axis[1], &w = s_.axis[2];
     for (int64_t phase = 0; phase < w.stride; ++phase) {
       phase_start_.push_back(phase_taps_.size());
       for (int64_t k = w.kernel - 1; k >= 0; --k)
@@ -451,13 +474,9 @@ class Scatter {
     phase_start_.push_back(phase_taps_.size());
     channels_last_ = p_.input.stride[1] == 1 && p_.output.stride[1] == 1 &&
                      p_.index.stride[1] == 1 && s_.channels > 1 && p_.input.stride[4] != 1;
-    const bool flat = p_.kind == IndexKind::flat;
-    weight_[2] = flat ? w.dilation : 1;
-    weight_[1] = flat ? h.dilation * w.in : w.kernel;
-    weight_[0] = flat ? d.dilation * h.in * w.in : w.kernel * h.kernel;
-
+    if (p_.kind == IndexKind::flat) list_positions();
     if (channels_last_)
-      direct_ = codec_.is_lane, disjoint_ = windows_are_disjoint() && !flat;
+      direct_ = codec_.is_lane, disjoint_ = windows_are_disjoint();
     else if (w.dilation == 1)
       choose_rows();
 
@@ -474,9 +493,8 @@ class Scatter {
     const int64_t row = (slots_ + margin_) * group_ * planes;
     rows_ = std::clamp<int64_t>(std::max(budget / row, reach(h) / h.stride) * h.stride, 1, h.in);
     bands_ = up(h.in, rows_);
-    staged_rows_ = std::min(h.out, (rows_ + reach(h)) / h.stride + 2) * planes;
-    grads_ = 1 + (s_.batch - 1) * p_.output.stride[0] + (s_.channels - 1) * p_.output.stride[1];
-    for (int a = 0; a < 3; ++a) grads_ += (s_.axis[a].out - 1) * p_.output.stride[2 + a];
+    staged_rows_ = (std::min(h.out, (rows_ + reach(h)) / h.stride + 2) + 2 * above_) * planes;
+    grads_ = span(p_.output, s_), indices_ = span(p_.index, s_);
     pitch_ = (slots_ + margin_) * group_;
     phase_size_ = slots_ * group_ + lanes<L>;
   }
@@ -485,29 +503,26 @@ class Scatter {
     const int64_t outputs = rows_ * slots_ * group_;
     parallel_for(s_.batch * blocks_ * s_.axis[0].in * bands_ * strips_, 1 + 16384 / (outputs + 1),
                  FloatEnvironment::gradual, [&](int64_t begin, int64_t end) {
-                   const int64_t size = staged_rows_ * pitch_ + 2 * lanes<L>;
+                   const int64_t size = staged_rows_ * pitch_ + 2 * lanes<L>, taps = s_.taps();
                    const int64_t sums = direct_ ? 0 : s_.axis[2].stride * phase_size_;
-                   Scratch scratch((2 * size + sums) * int64_t(sizeof(L) + sizeof(I)) +
-                                   (s_.taps() + 1) * int64_t(sizeof(Term<I>) + sizeof(PixelRow<L>) +
-                                                             sizeof(VecIndex<L>)) +
-                                   row_room() * int64_t(sizeof(GradRow<L>)) +
-                                   (pitch_ + lanes<L>)*int64_t(sizeof(I)) + 2048);
+                   Scratch scratch((2 * size + sums) * int64_t(sizeof(L)) + 2 * size +
+                                   (taps + 1) * int64_t(sizeof(Term) + sizeof(PixelRow<L>) +
+                                                        sizeof(GradRow<L>) + sizeof(Choices<L>)) +
+                                   2048);
                    Buffers b;
-                   b.index = scratch.take<I>(size);
-                   b.terms = scratch.take<Term<I>>(s_.taps() + 1);
-                   b.rows = scratch.take<GradRow<L>>(row_room());
-                   b.nobody = scratch.take<I>(pitch_ + lanes<L>);
-                   std::fill_n(b.nobody, pitch_ + lanes<L>, I(-1));
-                   b.pixels = scratch.take<PixelRow<L>>(s_.taps() + 1);
-                   b.own = scratch.take<VecIndex<L>>(s_.taps() + 1);
-                   list_own(b.own);
+                   b.index = scratch.take<uint8_t>(size);
+                   b.terms = scratch.take<Term>(taps + 1);
+                   b.rows = scratch.take<GradRow<L>>(taps + 1);
+                   b.pixels = scratch.take<PixelRow<L>>(taps + 1);
+                   b.own = scratch.take<Choices<L>>(taps + 1);
+                   for (int64_t tap = 0; tap < taps; ++tap) b.own[tap] = Masked::choice<L>(tap);
                    if (!direct_) {
                      b.grad = scratch.take<L>(size);
                      b.sums = scratch.take<L>(sums);
                    }
                    if (rows_way_) {
                      Buffers next = b;
-                     next.grad = scratch.take<L>(size), next.index = scratch.take<I>(size);
+                     next.grad = scratch.take<L>(size), next.index = scratch.take<uint8_t>(size);
                      return scatter_rows(begin, end, b, next);
                    }
                    for (int64_t task = begin; task < end; ++task)
@@ -516,8 +531,6 @@ class Scatter {
   }
 
  private:
-  using I = LaneIndex<L>;
-
   // Inputs of rows [row, end) and slots [slot, slot + slots) of plane id, for `lanes` channels.
   struct Tile {
     int64_t n, channel, lanes, id, row, end, slot, slots;
@@ -525,14 +538,40 @@ class Scatter {
   };
   struct Buffers {
     L *grad = nullptr, *sums = nullptr;
-    I *index = nullptr, *nobody = nullptr;  // nobody: a row of windows that do not exist
-    Term<I>* terms = nullptr;
+    uint8_t* index = nullptr;
+    Term* terms = nullptr;
     GradRow<L>* rows = nullptr;
     PixelRow<L>* pixels = nullptr;
-    VecIndex<L>* own = nullptr;  // by the offset of a tap
+    Choices<L>* own = nullptr;  // by the number of a tap
+  };
+  // The windows of a tile, from (t.od, t.oh, t.slot + lead_) on.
+  struct TileWindows {
+    const L* grad;
+    const uint8_t* index;
+    int64_t grad_pitch, grad_plane, index_pitch, index_plane;
   };
   using RowKernel = void (*)(const GradRow<L>*, int64_t, int64_t, L*);
-  using BlockKernel = void (*)(const GradRow<L>*, int64_t, int64_t, L*, int64_t);
+  using BlockKernel = void (*)(const GradRow<L>*, int64_t, int64_t, int64_t, int64_t, int64_t, L*,
+                               int64_t);
+
+  static int64_t span(const RawView& v, const PoolShape& s) {
+    int64_t size = 1 + (s.batch - 1) * v.stride[0] + (s.channels - 1) * v.stride[1];
+    for (int a = 0; a < 3; ++a) size += (s.axis[a].out - 1) * v.stride[2 + a];
+    return size;
+  }
+
+  // The tap that lies a distance in the plane behind a window's first.
+  void list_positions() {
+    const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
+    const auto distance = [&](int64_t kd, int64_t kh, int64_t kw) {
+      return s_.flat_of(kd * d.dilation, kh * h.dilation, kw * w.dilation);
+    };
+    tap_of_.assign(distance(d.kernel - 1, h.kernel - 1, w.kernel - 1) + 1, nobody);
+    for (int64_t kd = 0; kd < d.kernel; ++kd)
+      for (int64_t kh = 0; kh < h.kernel; ++kh)
+        for (int64_t kw = 0; kw < w.kernel; ++kw)
+          tap_of_[distance(kd, kh, kw)] = static_cast<uint8_t>(s_.offset_of(kd, kh, kw));
+  }
 
   void choose_rows() {
     const Axis& w = s_.axis[2];
@@ -559,8 +598,8 @@ class Scatter {
       if (h.stride == stride && h.kernel == kernel && h.pad % stride == shift && h.dilation == 1 &&
           codec_.is_lane && p_.input.stride[4] == 1) {
         using B = Block<stride, kernel, shift>;
-        block_kernel_ = scatter_block<stride, kernel, shift, L>;
-        block_rows_ = B::rows, block_windows_ = B::windows;
+        block_kernel_ = scatter_blocks<stride, kernel, shift, L>;
+        block_rows_ = B::rows, above_ = Windows::count - 1;
         block_lead_ = h.pad / stride + Windows::first;
       }
     }
@@ -613,16 +652,6 @@ class Scatter {
       visit(phase_taps_[k].o, phase_taps_[k].k);
   }
 
-  int64_t row_room() const { return std::max(s_.taps() + 1, s_.axis[0].kernel * block_windows_); }
-
-  void list_own(VecIndex<L>* own) const {
-    for (int64_t kd = 0; kd < s_.axis[0].kernel; ++kd)
-      for (int64_t kh = 0; kh < s_.axis[1].kernel; ++kh)
-        for (int64_t kw = 0; kw < s_.axis[2].kernel; ++kw)
-          own[s_.offset_of(kd, kh, kw)] =
-              broadcast(static_cast<I>(kd * weight_[0] + kh * weight_[1] + kw * weight_[2]));
-  }
-
   // ---- rows: gradients and indices as lanes, sums of a row at once
 
   // A tile is staged while the one before it is added up: a load across two stores has to wait
@@ -641,45 +670,18 @@ class Scatter {
 
   void scatter_rows(const Tile& t, const Buffers& b) const {
     const Axis& w = s_.axis[2];
-    const int64_t height = t.oh_end - t.oh;
     const int64_t first = t.slot * w.stride, size = std::min(t.slots * w.stride, w.in - first);
     const int64_t stride = p_.input.stride[4];
     const bool in_place = codec_.is_lane && stride == 1;
-    const RowGrads grads = row_grads(t, b);
-    const auto row_of = [&](int64_t od, int64_t oh) {
-      return GradRow<L>{grads.data + (od - t.od) * grads.plane + (oh - t.oh) * grads.pitch,
-                        b.index + ((od - t.od) * height + oh - t.oh) * (t.slots + margin_),
-                        nullptr};
-    };
+    const TileWindows windows = windows_of(t, b);
     char* to = static_cast<char*>(p_.input.data) +
                offset(p_.input, t.n, t.channel, t.id, t.row, first) * codec_.size;
-    for (int64_t ih = t.row; ih < t.end; ++ih, to += p_.input.stride[3] * codec_.size) {
-      int64_t rows = expand(t, ih, grads.data, b, to);
-      if (rows == 0 && block_kernel_ && ih % w.stride == 0 && ih + block_rows_ <= t.end) {
-        rows = block_rows_;
-        const int64_t top = ih / w.stride + block_lead_;
-        int64_t count = 0, planes = 0;
-        for (const Reach* d = of_plane_.begin(t.id); d != of_plane_.end(t.id); ++d, ++planes) {
-          const VecIndex<L>* const own = b.own + s_.offset_of(d->k, 0, 0);
-          const GradRow<L> first_row = row_of(d->o, t.oh);
-          for (int64_t r = top - t.oh; r < top - t.oh + block_windows_; ++r)
-            b.rows[count++] = r >= 0 && r < height
-                                  ? GradRow<L>{first_row.grad + r * grads.pitch,
-                                               first_row.index + r * (t.slots + margin_), own}
-                                  : GradRow<L>{b.grad, b.nobody, own};
-        }
-        prefetch_behind(to, block_rows_ * size * int64_t(sizeof(L)));
-        block_kernel_(b.rows, planes, size, reinterpret_cast<L*>(to), p_.input.stride[3]);
-      }
-      if (rows > 0) {
-        ih += rows - 1, to += (rows - 1) * p_.input.stride[3] * codec_.size;
-        continue;
-      }
+    const int64_t done = expand(t, windows, b, to) + scatter_blocks_of(t, windows, b, size, to);
+    to += done * p_.input.stride[3] * codec_.size;
+    for (int64_t ih = t.row + done; ih < t.end; ++ih, to += p_.input.stride[3] * codec_.size) {
       int64_t count = 0;
       for_each_row(t, ih, [&](int64_t od, int64_t kd, int64_t oh, int64_t kh) {
-        GradRow<L>& row = b.rows[count++];
-        row = row_of(od, oh);
-        row.own = b.own + s_.offset_of(kd, kh, 0);
+        b.rows[count++] = row_of(t, windows, od, oh, b.own + s_.offset_of(kd, kh, 0));
       });
       const RowKernel kernel = rows_kernel_[count <= 3 ? count : 0];
       if (in_place) {
@@ -691,125 +693,171 @@ class Scatter {
     }
   }
 
-  // The gradients of a tile, from window t.slot + lead_ of its first row on: staged, or in place.
-  struct RowGrads {
-    const L* data;
-    int64_t pitch, plane;
-  };
-  RowGrads row_grads(const Tile& t, const Buffers& b) const {
-    if (is_one_run(t) || grads_in_place(t))
-      return {static_cast<const L*>(p_.output.data) + first_grad(t), p_.output.stride[3],
-              p_.output.stride[2]};
-    const int64_t pitch = t.slots + margin_;
-    return {b.grad, pitch, (t.oh_end - t.oh) * pitch};
+  // Blocks from the tile's first row on: how many rows are done?
+  int64_t scatter_blocks_of(const Tile& t, const TileWindows& windows, const Buffers& b,
+                            int64_t size, char* to) const {
+    const int64_t stride = s_.axis[2].stride, top = t.row / stride + block_lead_;
+    if (!block_kernel_ || expands(t) || t.od >= t.od_end || t.oh >= t.oh_end) return 0;
+    // Windows are staged, or lie in the tensor, as far as `above_` rows around those of the tile.
+    const int64_t rows = std::min((t.end - t.row) / stride, t.oh_end - top) * stride;
+    if (rows < block_rows_) return 0;
+    int64_t planes = 0;
+    for (const Reach* d = of_plane_.begin(t.id); d != of_plane_.end(t.id); ++d)
+      b.rows[planes++] = row_of(t, windows, d->o, top, b.own + s_.offset_of(d->k, 0, 0));
+    block_kernel_(b.rows, planes, windows.grad_pitch, windows.index_pitch, rows, size,
+                  reinterpret_cast<L*>(to), p_.input.stride[3]);
+    return rows;
   }
-  int64_t first_grad(const Tile& t) const {
-    return offset(p_.output, t.n, t.channel, t.od, t.oh, t.slot + lead_);
+
+  TileWindows windows_of(const Tile& t, const Buffers& b) const {
+    const int64_t pitch = t.slots + margin_, plane = (t.oh_end - t.oh + 2 * above_) * pitch;
+    TileWindows w{b.grad + above_ * pitch, b.index + above_ * pitch, pitch, plane, pitch, plane};
+    if (grads_in_place(t)) {
+      w.grad = static_cast<const L*>(p_.output.data) + first_window(p_.output, t);
+      w.grad_pitch = p_.output.stride[3], w.grad_plane = p_.output.stride[2];
+    }
+    if (choices_in_place(t)) {
+      w.index = static_cast<const uint8_t*>(p_.index.data) + first_window(p_.index, t);
+      w.index_pitch = p_.index.stride[3], w.index_plane = p_.index.stride[2];
+    }
+    return w;
+  }
+  static GradRow<L> row_of(const Tile& t, const TileWindows& w, int64_t od, int64_t oh,
+                           const Choices<L>* own) {
+    return {w.grad + (od - t.od) * w.grad_plane + (oh - t.oh) * w.grad_pitch,
+            w.index + (od - t.od) * w.index_plane + (oh - t.oh) * w.index_pitch, own};
+  }
+
+  int64_t first_window(const RawView& v, const Tile& t) const {
+    return offset(v, t.n, t.channel, t.od, t.oh, t.slot + lead_);
   }
   // What a kernel reads of windows that do not exist is never added, but it must be memory of the
-  // tensor: that of other rows.
+  // tensor, which has `size` elements: that of other rows.
+  bool in_tensor(const RawView& v, int64_t size, const Tile& t) const {
+    const int64_t around = above_ * v.stride[3];
+    const int64_t last = first_window(v, t) + (t.od_end - 1 - t.od) * v.stride[2] +
+                         (t.oh_end - 1 - t.oh) * v.stride[3] + around;
+    return v.stride[4] == 1 && t.od < t.od_end && t.oh < t.oh_end && first_window(v, t) >= around &&
+           last + t.slots + margin_ + lanes<L> <= size;
+  }
   bool grads_in_place(const Tile& t) const {
-    if (!codec_.is_lane || p_.output.stride[4] != 1 || p_.kind != IndexKind::offset ||
-        p_.index.stride[4] != 1 || t.od >= t.od_end || t.oh >= t.oh_end)
-      return false;
-    const int64_t last = first_grad(t) + (t.od_end - 1 - t.od) * p_.output.stride[2] +
-                         (t.oh_end - 1 - t.oh) * p_.output.stride[3];
-    return first_grad(t) >= 0 && last + t.slots + margin_ + lanes<L> <= grads_;
+    return rows_way_ && codec_.is_lane && in_tensor(p_.output, grads_, t);
+  }
+  // Only where no window reaches another row or column, whatever was made by hand.
+  bool choices_in_place(const Tile& t) const {
+    return expands(t) && codec_.index_size == 1 && in_tensor(p_.index, indices_, t);
   }
 
-  // The rows of inputs from `ih` on that belong to one row of windows and to no other, or 0.
-  int64_t expand(const Tile& t, int64_t ih, const L* grad, const Buffers& b, char* to) const {
-    const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
-    if (!disjoint_ || !is_one_run(t) || t.od_end - t.od != 1 || ih % h.stride != 0) return 0;
-    const int64_t oh = ih / h.stride, row = (oh - t.oh) * w.out;
-    if (oh >= h.out || ih + h.stride > t.end) return 0;
-    const VecIndex<L>* const own = b.own + s_.offset_of(t.id - t.od * d.stride, 0, 0);
-    prefetch_behind(to, h.stride * w.in * int64_t(sizeof(L)));
-    (w.stride == 2 ? expand_row<2, L> : expand_row<4, L>)(grad + row, b.index + row, w.out, own,
-                                                          h.stride, reinterpret_cast<L*>(to),
-                                                          p_.input.stride[3]);
-    return h.stride;
-  }
-
-  // ---- direct: channels innermost, indices as lanes, gradients and sums where they are in memory
-
-  void scatter_pixels(const Tile& t, const Buffers& b) const {
+  // Is every row of inputs that of one row of windows, as wide as they?
+  bool expands(const Tile& t) const {
     const Axis& w = s_.axis[2];
+    return rows_way_ && disjoint_ && codec_.is_lane && p_.input.stride[4] == 1 && strips_ == 1 &&
+           w.in == w.out * w.stride && t.od_end - t.od == 1;
+  }
+  int64_t expand(const Tile& t, const TileWindows& windows, const Buffers& b, char* to) const {
+    const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
+    const int64_t rows = (t.end - t.row) / h.stride, oh = t.row / h.stride;
+    if (!expands(t) || oh >= h.out) return 0;
+    const int64_t count = std::min(rows, h.out - oh);
+    const Choices<L>* const own = b.own + s_.offset_of(t.id - t.od * d.stride, 0, 0);
+    (w.stride == 2 ? expand_rows<2, L>
+                   : expand_rows<4, L>)(row_of(t, windows, t.od, oh, own), windows.grad_pitch,
+                                        windows.index_pitch, count, w.out, h.stride,
+                                        reinterpret_cast<L*>(to), p_.input.stride[3]);
+    return count * h.stride;
+  }
+
+  // ---- direct: channels innermost, choices as bytes, gradients and sums where they are in memory
+
+  // Windows of a tile as they lie in memory; choices that are no bytes there are staged.
+  struct Pixels {
+    const L* grad;
+    const uint8_t* index;
+    int64_t index_plane, index_row, index_pixel;
+  };
+  Pixels pixels_of(const Tile& t, const Buffers& b) const {
+    const Axis& w = s_.axis[2];
+    const int64_t first = offset(p_.output, t.n, t.channel, t.od, t.oh, 0);
+    Pixels pixels{static_cast<const L*>(p_.output.data) + first, nullptr, 0, 0, 0};
+    if (codec_.index_size == 1 && p_.kind == IndexKind::offset) {
+      const int64_t* const stride = p_.index.stride;
+      pixels.index = static_cast<const uint8_t*>(p_.index.data) +
+                     offset(p_.index, t.n, t.channel, t.od, t.oh, 0);
+      pixels.index_plane = stride[2], pixels.index_row = stride[3], pixels.index_pixel = stride[4];
+      return pixels;
+    }
     const int64_t start = std::clamp<int64_t>(t.slot - margin_, 0, w.out);
     const int64_t columns = std::min(t.slot + t.slots, w.out) - start;
-    const int64_t height = t.oh_end - t.oh, pitch = columns * t.lanes;
-    if (columns > 0)
-      for (int64_t od = t.od; od < t.od_end; ++od)
-        stage_index(t, od, start, columns, b.index + (od - t.od) * height * pitch);
-    const int64_t* const grad_stride = p_.output.stride;
-    const L* const grad =
-        static_cast<const L*>(p_.output.data) + offset(p_.output, t.n, t.channel, 0, 0, 0);
+    pixels.index = b.index - start * t.lanes;
+    pixels.index_pixel = t.lanes, pixels.index_row = columns * t.lanes;
+    pixels.index_plane = (t.oh_end - t.oh) * pixels.index_row;
+    uint8_t* to = b.index;
+    for (int64_t od = t.od; od < t.od_end; ++od)
+      for (int64_t oh = t.oh; oh < t.oh_end; ++oh)
+        for (int64_t ow = start; ow < start + columns; ++ow, to += t.lanes)
+          stage_choices(t, od, oh, ow, 1, t.lanes, to);
+    return pixels;
+  }
+
+  // `count` choices: of windows next to each other (step 1), or of one window's channels (0).
+  void stage_choices(const Tile& t, int64_t od, int64_t oh, int64_t ow, int64_t stride,
+                     int64_t count, uint8_t* to, int64_t step = 0) const {
+    const char* const from = static_cast<const char*>(p_.index.data) +
+                             offset(p_.index, t.n, t.channel, od, oh, ow) * codec_.index_size;
+    if (p_.kind == IndexKind::offset) return codec_.read_index(from, stride, count, to);
+    const int64_t base = s_.flat_of(s_.axis[0].input_of(od, 0), s_.axis[1].input_of(oh, 0),
+                                    s_.axis[2].input_of(ow, 0));
+    codec_.read_position(from, stride, count, to, base, step * s_.axis[2].stride, tap_of_);
+  }
+
+  void scatter_pixels(const Tile& t, const Buffers& b) const {
+    const Pixels pixels = pixels_of(t, b);
     L* to = static_cast<L*>(p_.input.data) + offset(p_.input, t.n, t.channel, t.id, t.row, 0);
     for (int64_t ih = t.row; ih < t.end; ++ih, to += p_.input.stride[3]) {
-      if (expand_pixels(t, ih, columns, to, b)) {
+      if (expand_pixels(t, ih, pixels, to, b)) {
         const int64_t rows = s_.axis[1].stride;
         ih += rows - 1, to += (rows - 1) * p_.input.stride[3];
         continue;
       }
       int64_t count = 0;
-      if (columns > 0)
-        for_each_row(t, ih, [&](int64_t od, int64_t kd, int64_t oh, int64_t kh) {
-          b.pixels[count++] = {
-              grad + od * grad_stride[2] + oh * grad_stride[3],
-              b.index + ((od - t.od) * height + oh - t.oh) * pitch - start * t.lanes,
-              static_cast<I>(kd * weight_[0] + kh * weight_[1])};
-        });
-      scatter_columns(t, count, s_.flat_of(t.id, ih, 0), to, b);
+      for_each_row(t, ih, [&](int64_t od, int64_t kd, int64_t oh, int64_t kh) {
+        b.pixels[count++] = {
+            pixels.grad + (od - t.od) * p_.output.stride[2] + (oh - t.oh) * p_.output.stride[3],
+            pixels.index + (od - t.od) * pixels.index_plane + (oh - t.oh) * pixels.index_row,
+            s_.offset_of(kd, kh, 0)};
+      });
+      scatter_columns(t, count, pixels.index_pixel, to, b);
     }
   }
 
   // The rows of inputs from `ih` on that belong to one row of windows: are there such, and done?
-  bool expand_pixels(const Tile& t, int64_t ih, int64_t columns, L* to, const Buffers& b) const {
+  bool expand_pixels(const Tile& t, int64_t ih, const Pixels& pixels, L* to,
+                     const Buffers& b) const {
     const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
     const int64_t oh = ih / h.stride;
     if (!disjoint_ || t.lanes < lanes<L> || t.od_end - t.od != 1 || ih % h.stride != 0 ||
         oh >= h.out || ih + h.stride > t.end)
       return false;
     const int64_t pitch = p_.input.stride[3], pixel = p_.input.stride[4];
-    const L* const grad =
-        static_cast<const L*>(p_.output.data) + offset(p_.output, t.n, t.channel, t.od, oh, t.slot);
-    const I* const index = b.index + (oh - t.oh) * columns * t.lanes;
-    const VecIndex<L>* const own = b.own + s_.offset_of(t.id - t.od * d.stride, 0, 0);
-    L* const row = to + t.slot * w.stride * pixel;
-    for (int64_t j = 0; j < columns; ++j)
-      expand_pixel<L>(grad + j * p_.output.stride[4], index + j * t.lanes, t.lanes, own, h.stride,
-                      w.stride, row + j * w.stride * pixel, pitch, pixel);
+    const L* const grad = pixels.grad + (oh - t.oh) * p_.output.stride[3];
+    const uint8_t* const index = pixels.index + (oh - t.oh) * pixels.index_row;
+    const Choices<L>* const own = b.own + s_.offset_of(t.id - t.od * d.stride, 0, 0);
+    const int64_t last = std::min(t.slot + t.slots, w.out);
+    for (int64_t ow = t.slot; ow < last; ++ow)
+      expand_pixel<L>(grad + ow * p_.output.stride[4], index + ow * pixels.index_pixel, t.lanes,
+                      own, h.stride, w.stride, to + ow * w.stride * pixel, pitch, pixel);
     // What no window reaches, to the right of the last.
     const int64_t end = std::min((t.slot + t.slots) * w.stride, w.in);
     for (int64_t r = 0; r < h.stride; ++r)
-      for (int64_t iw = (t.slot + columns) * w.stride; iw < end; ++iw)
+      for (int64_t iw = std::max(t.slot, last) * w.stride; iw < end; ++iw)
         std::fill_n(to + r * pitch + iw * pixel, t.lanes, L(0));
     return true;
   }
 
-  void stage_index(const Tile& t, int64_t od, int64_t start, int64_t columns, I* to) const {
-    const RawView& view = p_.index;
-    const int64_t height = t.oh_end - t.oh;
-    const char* const from = static_cast<const char*>(view.data) +
-                             offset(view, t.n, t.channel, od, t.oh, start) * codec_.index_size;
-    const auto read = [&](int64_t r, int64_t j, int64_t count) {
-      codec_.read_index(from + (r * view.stride[3] + j * view.stride[4]) * codec_.index_size, 1,
-                        count, to + (r * columns + j) * t.lanes, 0, 0);
-    };
-    if (view.stride[4] == t.lanes && view.stride[3] == columns * t.lanes)
-      return read(0, 0, height * columns * t.lanes);
-    for (int64_t r = 0; r < height; ++r)
-      if (view.stride[4] == t.lanes)
-        read(r, 0, columns * t.lanes);
-      else
-        for (int64_t j = 0; j < columns; ++j) read(r, j, t.lanes);
-  }
-
   // Channels innermost: inputs of one phase that the same taps reach, whole pixels at a time.
-  void scatter_columns(const Tile& t, int64_t row_count, int64_t position, L* to,
+  void scatter_columns(const Tile& t, int64_t row_count, int64_t index_pixel, L* to,
                        const Buffers& b) const {
     const Axis& w = s_.axis[2];
-    const bool flat = p_.kind == IndexKind::flat;
     const int64_t end_slot = t.slot + t.slots;
     for (int64_t phase = 0; phase < w.stride; ++phase) {
       const auto input_at = [&](int64_t slot) { return slot * w.stride + phase - w.pad; };
@@ -824,18 +872,16 @@ class Scatter {
           for_each_tap(phase, [&](int64_t shift, int64_t kw) {
             const int64_t ow = slot - shift;
             if (ow < 0 || ow >= w.out) return;
-            b.terms[count++] = {
-                b.pixels[r].grad - b.pixels[0].grad + ow * p_.output.stride[4],
-                b.pixels[r].index - b.pixels[0].index + ow * t.lanes,
-                static_cast<I>(flat ? position + input_at(slot) : b.pixels[r].own + kw)};
+            b.terms[count++] = {b.pixels[r].grad - b.pixels[0].grad + ow * p_.output.stride[4],
+                                b.pixels[r].index - b.pixels[0].index + ow * index_pixel,
+                                b.pixels[r].own + kw};
           });
         const Sums<L> sums{to + input_at(slot) * p_.input.stride[4],
                            b.pixels[0].grad,
                            b.pixels[0].index,
                            w.stride * p_.input.stride[4],
                            p_.output.stride[4],
-                           t.lanes,
-                           flat ? w.stride : 0};
+                           index_pixel};
         add_terms<true, L>(sums, run, t.lanes, b.terms, count);
         slot += run;
       }
@@ -844,81 +890,48 @@ class Scatter {
 
   // ---- staged
 
-  // Rows of gradients and indices, from window slot + lead on, index -1 where there is none.
+  // Rows of gradients and choices, from window slot + lead on, nobody where there is none.
   void stage(const Tile& t, const Buffers& b) const {
     const Axis& w = s_.axis[2];
     const int64_t start = t.slot + lead_, width = t.slots + margin_;
     const int64_t first = std::clamp<int64_t>(-start, 0, width);
     const int64_t end = std::clamp<int64_t>(w.out - start, first, width);
     const int64_t pixel = channels_last_ ? t.lanes : 1;
-    L* grad = b.grad;
-    I* index = b.index;
-    if (!channels_last_ && p_.kind == IndexKind::offset && p_.output.stride[4] == 1 &&
-        p_.index.stride[4] == 1) {
-      const int64_t height = t.oh_end - t.oh, ow = std::min(start + first, w.out - 1);
-      if (is_one_run(t)) {
-        codec_.read_index(static_cast<const char*>(p_.index.data) +
-                              offset(p_.index, t.n, t.channel, t.od, t.oh, 0) * codec_.index_size,
-                          1, (t.od_end - t.od) * height * width, index, 0, 0);
-        return;
-      }
-      const bool in_place = rows_way_ && grads_in_place(t);
-      if (first > 0 || end < width) std::fill_n(index, (t.od_end - t.od) * height * width, I(-1));
-      for (int64_t od = t.od; od < t.od_end && first < end; ++od) {
-        const int64_t place = (od - t.od) * height * width + first;
-        codec_.stage({static_cast<const char*>(p_.output.data) +
-                          offset(p_.output, t.n, t.channel, od, t.oh, ow) * codec_.size,
+    const int64_t height = t.oh_end - t.oh, plane = (height + 2 * above_) * width * pixel;
+    if (t.od >= t.od_end || t.oh >= t.oh_end || choices_in_place(t)) return;
+    std::fill_n(b.index, (t.od_end - t.od) * plane, nobody);
+    if (first == end) return;
+    const int64_t ow = start + first, columns = end - first;
+    const int64_t grad_stride = p_.output.stride[4], index_stride = p_.index.stride[4];
+    for (int64_t od = t.od; od < t.od_end; ++od) {
+      int64_t place = (od - t.od) * plane + (above_ * width + first) * pixel;
+      const char* from = static_cast<const char*>(p_.output.data) +
+                         offset(p_.output, t.n, t.channel, od, t.oh, ow) * codec_.size;
+      if (!channels_last_ && p_.kind == IndexKind::offset && grad_stride == 1 &&
+          index_stride == 1) {
+        codec_.stage({from,
                       static_cast<const char*>(p_.index.data) +
                           offset(p_.index, t.n, t.channel, od, t.oh, ow) * codec_.index_size,
-                      p_.output.stride[3], p_.index.stride[3], height, end - first,
-                      in_place ? nullptr : grad + place, index + place, width});
+                      p_.output.stride[3], p_.index.stride[3], height, columns,
+                      grads_in_place(t) ? nullptr : b.grad + place, b.index + place, width});
+        continue;
       }
-      return;
-    }
-    for (int64_t od = t.od; od < t.od_end; ++od)
-      for (int64_t oh = t.oh; oh < t.oh_end; ++oh, grad += width * pixel, index += width * pixel) {
-        std::fill_n(index, first * pixel, I(-1));
-        std::fill_n(index + end * pixel, (width - end) * pixel, I(-1));
-        if (first == end) continue;
-        const int64_t ow = start + first, columns = end - first;
-        const char* const from = static_cast<const char*>(p_.output.data) +
-                                 offset(p_.output, t.n, t.channel, od, oh, ow) * codec_.size;
-        const char* const chosen = static_cast<const char*>(p_.index.data) +
-                                   offset(p_.index, t.n, t.channel, od, oh, ow) * codec_.index_size;
-        int64_t base = 0, step = 0;
-        if (p_.kind == IndexKind::flat) {
-          base =
-              s_.flat_of(s_.axis[0].input_of(od, 0), s_.axis[1].input_of(oh, 0), w.input_of(ow, 0));
-          step = w.stride;
-        }
-        const int64_t grad_stride = p_.output.stride[4], index_stride = p_.index.stride[4];
-        if (!channels_last_) {
-          codec_.read(from, grad_stride, columns, grad + first);
-          codec_.read_index(chosen, index_stride, columns, index + first, base, step);
-        } else if (step == 0 && grad_stride == pixel && index_stride == pixel) {
-          codec_.read(from, 1, columns * pixel, grad + first * pixel);
-          codec_.read_index(chosen, 1, columns * pixel, index + first * pixel, 0, 0);
-        } else {
-          for (int64_t j = 0; j < columns; ++j) {
-            codec_.read(from + j * grad_stride * codec_.size, 1, pixel, grad + (first + j) * pixel);
-            codec_.read_index(chosen + j * index_stride * codec_.index_size, 1, pixel,
-                              index + (first + j) * pixel, base + j * step, 0);
+      for (int64_t oh = t.oh; oh < t.oh_end; ++oh, place += width * pixel) {
+        if (channels_last_) {
+          const bool one_run =
+              grad_stride == pixel && index_stride == pixel && p_.kind == IndexKind::offset;
+          const int64_t parts = one_run ? 1 : columns, size = one_run ? columns * pixel : pixel;
+          for (int64_t j = 0; j < parts; ++j) {
+            codec_.read(from + j * grad_stride * codec_.size, 1, size, b.grad + place + j * pixel);
+            stage_choices(t, od, oh, ow + j, 1, size, b.index + place + j * pixel);
           }
+        } else {
+          codec_.read(from, grad_stride, columns, b.grad + place);
+          stage_choices(t, od, oh, ow, index_stride, columns, b.index + place, 1);
         }
+        from += p_.output.stride[3] * codec_.size;
       }
-  }
-
-  // Gradients that can be used where they are: rows without a margin, one behind another, of which
-  // only vectors are read that lie in them.
-  bool is_one_run(const Tile& t) const {
-    const Axis &h = s_.axis[1], &w = s_.axis[2];
-    return rows_way_ && margin_ == 0 && lead_ == 0 && codec_.is_lane && strips_ == 1 &&
-           p_.kind == IndexKind::offset && w.in == w.out * w.stride && w.out >= lanes<L> &&
-           p_.output.stride[4] == 1 && p_.index.stride[4] == 1 && p_.output.stride[3] == w.out &&
-           p_.index.stride[3] == w.out &&
-           (t.od_end - t.od == 1 ||
-            (t.oh_end - t.oh == h.out && bands_ == 1 && p_.output.stride[2] == h.out * w.out &&
-             p_.index.stride[2] == h.out * w.out));
+    }
   }
 
   void scatter(const Tile& t, const Buffers& b) const {
@@ -932,11 +945,10 @@ class Scatter {
           const int64_t row = (od - t.od) * (t.oh_end - t.oh) + oh - t.oh;
           for_each_tap(phase, [&](int64_t shift, int64_t kw) {
             const int64_t at = row * pitch + (margin_ - shift) * pixel;
-            b.terms[count++] = {
-                at, at, static_cast<I>(kd * weight_[0] + kh * weight_[1] + kw * weight_[2])};
+            b.terms[count++] = {at, at, s_.offset_of(kd, kh, kw)};
           });
         });
-        add_terms<false, L>({b.sums + phase * phase_size_, b.grad, b.index, 0, 0, 0, 0}, 1,
+        add_terms<false, L>({b.sums + phase * phase_size_, b.grad, b.index, 0, 0, 0}, 1,
                             t.slots * pixel, b.terms, count);
       }
       write_row(t, ih, b.sums);
@@ -990,11 +1002,12 @@ class Scatter {
   bool channels_last_ = false, direct_ = false;
   RowKernel rows_kernel_[4] = {};  // by the number of rows; 0: any
   BlockKernel block_kernel_ = nullptr;
-  int64_t block_rows_ = 0, block_windows_ = 0, block_lead_ = 0;
+  int64_t block_rows_ = 0, block_lead_ = 0;
+  int64_t above_ = 0;  // rows of windows staged around those of a tile
   bool rows_way_ = false, disjoint_ = false;
-  int64_t weight_[3] = {0, 0, 0};
+  std::vector<uint8_t> tap_of_;  // by the distance in the plane, of a flat index
   int64_t group_ = 1, blocks_ = 1, margin_ = 0, lead_ = 0, slots_ = 1, strips_ = 1, rows_ = 1,
           bands_ = 1;
   int64_t staged_rows_ = 0, pitch_ = 0, phase_size_ = 0;
-  int64_t grads_ = 0;  // elements from the first gradient to the last
+  int64_t grads_ = 0, indices_ = 0;  // elements from the first of them to the last
 };

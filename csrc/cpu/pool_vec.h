@@ -150,6 +150,11 @@ inline void prefetch_behind(const void* rows, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += line) __builtin_prefetch(from + at);
 }
 
+// Pixels of channels are written as their windows come, in several streams: the lines of one that
+// comes soon are asked for ahead of its stores.
+constexpr int64_t pixels_ahead = 6;
+inline void prefetch_to_write(const void* line) { __builtin_prefetch(line, 1); }
+
 // ---- elements to lanes and back -----------------------------------------------------------------
 
 template <class T>
