@@ -27,12 +27,13 @@ struct TileColumns {
   }
 };
 
-// acc[i] += `length` taps; a vector is loaded once for all the pixels that read it. Columns are met
-// in the order in which each pixel meets its taps: grad_input from right to left. With `edge`
-// columns outside [first, end) do not exist.
-template <class V, class Columns, int length, bool transposed, bool edge, int pixels, class T>
-TNC_INLINE void add_taps(V (&acc)[pixels], const T* source, int64_t pitch, int first, int end,
-                         const T* weights) {
+// acc[k % chains][i] += `length` taps; a vector is loaded once for all the pixels that read it.
+// Columns are met in the order in which each pixel meets its taps: grad_input from right to left.
+// With `edge` columns outside [first, end) do not exist.
+template <class V, class Columns, int length, bool transposed, bool edge, int chains, int pixels,
+          class T>
+TNC_INLINE void add_taps(V (&acc)[chains][pixels], const T* source, int64_t pitch, int first,
+                         int end, const Total<T>* weights) {
   constexpr int columns = Columns::count(pixels, length);
   V w[length];
 #pragma GCC unroll 8
@@ -46,7 +47,7 @@ TNC_INLINE void add_taps(V (&acc)[pixels], const T* source, int64_t pitch, int f
 #pragma GCC unroll 8
     for (int i = 0; i < pixels; ++i) {
       const int k = Columns::tap(i, column, length);
-      if (k >= 0 && k < length) acc[i] = fma(x, w[k], acc[i]);
+      if (k >= 0 && k < length) acc[k % chains][i] = fma(x, w[k], acc[k % chains][i]);
     }
   }
 }
@@ -63,7 +64,8 @@ template <class T>
 struct InPlacePlan {
   MapAxis axis[3];
   RawView source, written;
-  const T *weights, *bias;  // weights[block][tap][lane]; the last block ends with the last channel
+  // weights[block][tap][lane]; the last block ends with the last channel.
+  const Total<T>*weights, *bias;
   int64_t channels, taps;
   TapRun run[128];
   int runs;
@@ -74,16 +76,16 @@ struct InPlacePlan {
 template <class T>
 struct TapRow {
   const T* source;  // its column 0
-  int64_t weights;
+  int number;       // of its first tap
 };
 
 // A tile of `pixels` from pixel w on, all channels.
 template <class T, int stride, bool transposed, int pixels, bool edge>
 void in_place_tile(const InPlacePlan<T>& plan, const TapRow<T>* rows, int row_count,
                    const TapRun* runs, int64_t w, T* to, const T* ahead) {
-  using V = Vec<T>;
+  using V = Vec<Total<T>>;
   using Columns = TileColumns<stride, transposed>;
-  constexpr int L = V::lanes, line = 64 / sizeof(T);
+  constexpr int L = V::lanes, line = 64 / sizeof(T), chains = chains_of<T>;
   const int64_t pitch = plan.spacing * plan.source.stride[4];
   const int64_t new_rows = least(plan.axis[1].step, 2);
   const int64_t new_elements = pixels * least(plan.axis[2].step, 2) / plan.axis[2].period * L;
@@ -94,19 +96,43 @@ void in_place_tile(const InPlacePlan<T>& plan, const TapRow<T>* rows, int row_co
   to += w * out_pixel;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t channel = least(b * L, plan.channels - L);
-    const T* const weights = plan.weights + b * plan.taps * L;
+    const Total<T>* const weights = plan.weights + b * plan.taps * L;
     for (int64_t r = 0; r < new_rows; ++r)
       for (int64_t i = 0; i < new_elements; i += line)
         prefetch(ahead + r * plan.source.stride[3] + b * new_elements + i);
     for (int64_t i = 0; i < pixels * L; i += line) prefetch(to + out_row + b * pixels * L + i);
-    V acc[pixels];
+    V acc[chains][pixels], total[pixels];
 #pragma GCC unroll 8
-    for (int i = 0; i < pixels; ++i) acc[i] = V::zero();
+    for (int i = 0; i < pixels; ++i) {
+      total[i] = V::zero();
+#pragma GCC unroll 2
+      for (int q = 0; q < chains; ++q) acc[q][i] = V::zero();
+    }
+    const auto fold = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 8
+      for (int i = 0; i < pixels; ++i) {
+        V group = acc[0][i];
+        if constexpr (chains == 2) group = group + acc[1][i];
+        total[i] = total[i] + group;
+#pragma GCC unroll 2
+        for (int q = 0; q < chains; ++q) acc[q][i] = V::zero();
+      }
+    };
+    int group = 0, even = 0;  // `even`: the parity of the terms whose chain is the first
     for (int r = 0; r < row_count; ++r)
       for (int j = 0; j < plan.runs; ++j) {
         const TapRun& run = runs[j];
+        const int number = rows[r].number + run.first;
+        if constexpr (chains == 2) {
+          if (number / group_length<T> != group) fold(), group = number / group_length<T>;
+          if (number % 2 != even) {
+            even = number % 2;
+#pragma GCC unroll 8
+            for (int i = 0; i < pixels; ++i) std::swap(acc[0][i], acc[1][i]);
+          }
+        }
         const T* const from = rows[r].source + channel + run.offset;
-        const T* const taps = weights + rows[r].weights + run.first * L;
+        const Total<T>* const taps = weights + number * L;
         const auto add = [&](auto length) __attribute__((always_inline)) {
           add_taps<V, Columns, length.value, transposed, edge>(acc, from, pitch, run.first_there,
                                                                run.end, taps);
@@ -122,11 +148,12 @@ void in_place_tile(const InPlacePlan<T>& plan, const TapRow<T>* rows, int row_co
         else
           add(std::integral_constant<int, 1>{});
       }
+    fold();
     const V bias = V::load(plan.bias + channel);
 #pragma GCC unroll 8
     for (int i = 0; i < pixels; ++i) {
       if (edge && (i < first || i >= end)) continue;
-      canonical(V::zero() + acc[i] + bias).store(to + channel + i * out_pixel);
+      canonical(total[i] + bias).store(to + channel + i * out_pixel);
     }
   }
 }
@@ -154,7 +181,7 @@ void in_place_rows(const InPlacePlan<T>& plan, int64_t begin, int64_t end) {
         const int64_t at_h = axis[1].base(h) + axis[1].shift(h % axis[1].period, kh);
         if (at_d >= 0 && at_d < axis[0].source && at_h >= 0 && at_h < axis[1].source)
           rows[row_count++] = {sample + at_d * source.stride[2] + at_h * source.stride[3],
-                               (kd * axis[1].kernel + kh) * axis[2].kernel * Vec<T>::lanes};
+                               static_cast<int>((kd * axis[1].kernel + kh) * axis[2].kernel)};
       }
     T* const to = static_cast<T*>(written.data) + n * written.stride[0] + d * written.stride[2] +
                   h * written.stride[3];
@@ -202,7 +229,10 @@ void in_place_rows(const InPlacePlan<T>& plan, int64_t begin, int64_t end) {
 
 template <class T>
 bool map_in_place(const ConvProblem& p) {
-  constexpr int L = Vec<T>::lanes;
+  using E = Total<T>;
+  constexpr int L = Vec<E>::lanes;
+  // Groups of terms: the sign of a total that is zero could show behind the second one.
+  constexpr int64_t most_taps = chains_of<T> * group_length<T>;
   const ConvShape& s = p.shape;
   const bool transposed = p.direction == Direction::grad_input;
   InPlacePlan<T> plan;
@@ -214,7 +244,7 @@ bool map_in_place(const ConvProblem& p) {
   const Axis& along = s.axis[2];
   const int kernel = static_cast<int>(along.kernel);
   const bool phases = transposed && along.stride == 2;
-  if (s.group_in() != 1 || s.group_out() != 1 || plan.channels < L || plan.taps > group_length<T> ||
+  if (s.group_in() != 1 || s.group_out() != 1 || plan.channels < L || plan.taps > most_taps ||
       plan.source.stride[1] != 1 || plan.written.stride[1] != 1)
     return false;
   if (transposed && along.stride > 1 &&
@@ -226,10 +256,12 @@ bool map_in_place(const ConvProblem& p) {
   const int stride = every ? static_cast<int>(along.stride) : 1;
   plan.spacing = every ? 1 : along.stride;
   const bool sliding = along.dilation == plan.spacing;
+  // A run ends with its group.
+  const int cut = plan.taps > group_length<T> ? group_length<T> % kernel : 0;
   plan.runs = 0;
   for (int k = 0; k < kernel;) {
-    const int left = kernel - k;
-    int length = left <= 5 || (left == 7 && Vec<T>::registers == 32) ? left
+    const int left = (k < cut ? cut : kernel) - k;
+    int length = left <= 5 || (left == 7 && Vec<E>::registers == 32) ? left
                  : left <= 8                                         ? (left + 1) / 2
                                                                      : 5;
     if (!sliding || length < 3) length = 1;
@@ -244,12 +276,12 @@ bool map_in_place(const ConvProblem& p) {
 
   const int64_t blocks = (plan.channels + L - 1) / L;
   Arena& arena = plan_arena();
-  arena.reset(Arena::bytes_for<T>(blocks * plan.taps * L) + Arena::bytes_for<T>(plan.channels));
-  T* const weights = arena.take<T>(blocks * plan.taps * L);
-  T* const bias = arena.take<T>(plan.channels);
+  arena.reset(Arena::bytes_for<E>(blocks * plan.taps * L) + Arena::bytes_for<E>(plan.channels));
+  E* const weights = arena.take<E>(blocks * plan.taps * L);
+  E* const bias = arena.take<E>(plan.channels);
   if (!pack_weights<T>(p, plan.channels, 1, 1, L, true, weights)) return false;
   for (int64_t c = 0; c < plan.channels; ++c)
-    bias[c] = p.bias ? static_cast<const T*>(p.bias)[c] : T(0);
+    bias[c] = p.bias ? widened(static_cast<const T*>(p.bias)[c]) : E(0);
   plan.weights = weights;
   plan.bias = bias;
 
@@ -259,7 +291,7 @@ bool map_in_place(const ConvProblem& p) {
   const auto work = [&](int64_t begin, int64_t end) { rows(plan, begin, end); };
   const int64_t products = plan.axis[2].written * plan.channels * plan.taps;
   parallel_for(s.batch * plan.axis[0].written * plan.axis[1].written,
-               1 + worthwhile_products / (products + 1), FloatEnvironment::gradual, work);
+               1 + worthwhile_products / (products + 1), environment_of<T>, work);
   return true;
 }
 
