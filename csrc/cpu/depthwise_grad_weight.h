@@ -42,15 +42,15 @@ TNC_INLINE void add_pixels(V (&acc)[chains][rows][taps], const S*& grad, int64_t
                            const S* (&from)[rows], int64_t pitch) {
   constexpr int columns = (pixels - 1) * stride + taps;
   V g[pixels];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int i = 0; i < pixels; ++i, grad += grad_pitch) g[i] = V::load(grad);
-#pragma GCC unroll 16
+#pragma GCC unroll 24
   for (int column = 0; column < columns; ++column)
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
       const V x = V::load(from[r]);
       from[r] += pitch;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < pixels; ++i) {
         const int k = column - i * stride;
         if (k >= 0 && k < taps) acc[i % chains][r][k] = fma(x, g[i], acc[i % chains][r][k]);
@@ -124,12 +124,17 @@ void tap_tile(PixelRow<S>& pixels, const S* const* row, int64_t offset, int64_t 
   int64_t count = pixels.middle;
   add_side<V, stride>(acc, grad, pixels, pixels.left, column, from, pitch);
   column += count * pixels.pixel_columns;
-  for (; count >= 4; count -= 4) {
-    constexpr int lines = 4 * V::lanes * sizeof(S) / 64;  // of four pixels
-    pixels.input_ahead.fetch(lines * stride * stride);
-    pixels.grad_ahead.fetch(lines);
-    add_pixels<V, stride, 4>(acc, grad, pixels.grad_pitch, from, pitch);
-  }
+  const auto add = [&](auto pixels_at_once) __attribute__((always_inline)) {
+    constexpr int some = pixels_at_once.value, lines = some * V::lanes * sizeof(S) / 64;
+    for (; count >= some; count -= some) {
+      pixels.input_ahead.fetch(lines * stride * stride);
+      pixels.grad_ahead.fetch(lines);
+      add_pixels<V, stride, some>(acc, grad, pixels.grad_pitch, from, pitch);
+    }
+  };
+  if constexpr (V::registers == 32 && chains * rows * taps <= 21)
+    add(std::integral_constant<int, 8>{});
+  add(std::integral_constant<int, 4>{});
   for (; count > 0; --count) {
     add_pixels<V, stride, 1>(acc, grad, pixels.grad_pitch, from, pitch);
     take_turns(acc);
