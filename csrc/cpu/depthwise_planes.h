@@ -32,13 +32,8 @@ struct PlanePhase {
   int32_t odd_chain = 0, odd_last_chain = 0;  // pairs: of the other phase along w
 };
 
-// Are neighbouring vectors joined faster than a vector that crosses lines is loaded? Then all tiles
-// begin at whole vectors and a row's last one is stored in part; else that one overlaps the one
-// before.
-template <class V>
-constexpr bool joins_windows = requires(V a) { V::template window<1>(a, a); };
-
-// Some rows of some vectors.
+// Some rows of some vectors. Where windows are joined all tiles begin at whole vectors, and a row's
+// last one is stored in part; else it overlaps the one before.
 template <class T>
 struct PlaneTile {
   const Total<T>* source;
@@ -82,7 +77,7 @@ TNC_INLINE void store_plane_tile(const Vec<Total<T>> (&total)[rows][vecs],
   for (int i = 0; i < rows; ++i, out += tile.out_step)
 #pragma GCC unroll 8
     for (int c = 0; c < vecs; ++c)
-      store_plane_vector<T, vecs>(canonical(total[i][c] + bias), tile, out, c);
+      store_plane_vector<T, vecs>(result_of<T>(total[i][c] + bias), tile, out, c);
 }
 
 // Any list of terms, one by one: of one phase, or of both of a stride of 2 along w, whose results
@@ -135,7 +130,7 @@ void list_tile(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
     const V bias = V::broadcast(phase.bias);
     each([&](int i, int c) __attribute__((always_inline)) {
       V low, high;
-      V::merge(canonical(total[0][i][c] + bias), canonical(total[1][i][c] + bias), low, high);
+      V::merge(result_of<T>(total[0][i][c] + bias), result_of<T>(total[1][i][c] + bias), low, high);
       T* const to = tile.out + i * tile.out_step + 2 * (c + 1 < vecs ? c * V::lanes : tile.last);
       if (is_cut<T, vecs>(tile, c)) {
         low.store(to, static_cast<int>(least(2 * tile.lanes, V::lanes)));
@@ -299,7 +294,7 @@ void roll_strip(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
       const int i = (s + 1) % kernel;
 #pragma GCC unroll 8
       for (int c = 0; c < vecs; ++c) {
-        const V result = canonical(fold(i, c) + bias);
+        const V result = result_of<T>(fold(i, c) + bias);
         if (cut) total[i][c] = V::zero();
         if (done < 0) continue;
         prefetch(out + tile.next_out + c * V::lanes);
