@@ -32,6 +32,8 @@ struct PixelRow {
   // and the next pixel are, how many columns there are.
   int64_t column, tap_columns, pixel_columns, width;
   int64_t number;  // of the first pixel: with two chains, they take turns
+  // Does a group of terms begin or end here? Then its chains start, or are added to the totals.
+  bool begins = false, ends = false;
   Ahead input_ahead, grad_ahead;
 };
 
@@ -90,33 +92,49 @@ TNC_INLINE void add_side(V (&acc)[chains][rows][taps], const S*& grad, const Pix
   }
 }
 
-// Where the sums of some rows of taps are kept: chain[q * chain_pitch + r * row_pitch + tap][lane].
+// Where the sums of some rows of taps are kept: total[r * row_pitch + tap][lane], in the same way
+// the first chain and, chain_pitch behind it, the second.
 template <class E>
-struct ChainRows {
-  E* chain;
+struct TapSums {
+  E *total, *chain;
   int64_t row_pitch, chain_pitch;
 };
+
+// total += chain (16-bit types: even + odd)
+template <class V, int chains>
+TNC_INLINE V total_with(V total, const V (&chain)[chains]) {
+  if constexpr (chains == 2)
+    return total + (chain[0] + chain[1]);
+  else
+    return total + chain[0];
+}
 
 // The products of a row of pixels: `rows` rows of `taps` taps, of which the first reads `column`,
 // at row[r] + offset, for the first pixel.
 template <int chains, int stride, int rows, int taps, class S>
 void tap_tile(PixelRow<S>& pixels, const S* const* row, int64_t offset, int64_t column,
-              int64_t pitch, ChainRows<Total<S>> sums) {
+              int64_t pitch, TapSums<Total<S>> sums) {
   using V = Vec<Total<S>>;
   V acc[chains][rows][taps];
-  const auto each = [&](int64_t number, const auto& what) __attribute__((always_inline)) {
-#pragma GCC unroll 2
-    for (int q = 0; q < chains; ++q) {
-      Total<S>* const chain = sums.chain + (number + q) % chains * sums.chain_pitch;
+  const auto each = [&](const auto& what) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r)
+    for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
-        for (int k = 0; k < taps; ++k)
-          what(acc[q][r][k], chain + r * sums.row_pitch + k * V::lanes);
-    }
+      for (int k = 0; k < taps; ++k) what(r, k, r * sums.row_pitch + k * V::lanes);
   };
-  each(pixels.number,
-       [](V& a, const Total<S>* from) __attribute__((always_inline)) { a = V::load(from); });
+  // Where the chain is whose turn it is, and the other.
+  const auto chain_of = [&](int64_t number, int q) __attribute__((always_inline)) {
+    return sums.chain + (number + q) % chains * sums.chain_pitch;
+  };
+#pragma GCC unroll 2
+  for (int q = 0; q < chains; ++q)
+    if (pixels.begins) {
+      each([&](int r, int k, int64_t) __attribute__((always_inline)) { acc[q][r][k] = V::zero(); });
+    } else {
+      const Total<S>* const chain = chain_of(pixels.number, q);
+      each([&](int r, int k, int64_t at)
+               __attribute__((always_inline)) { acc[q][r][k] = V::load(chain + at); });
+    }
   const S* from[rows];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) from[r] = row[r] + offset;
@@ -140,8 +158,21 @@ void tap_tile(PixelRow<S>& pixels, const S* const* row, int64_t offset, int64_t 
     take_turns(acc);
   }
   add_side<V, stride>(acc, grad, pixels, pixels.right, column, from, pitch);
-  each(pixels.number + pixels.left + pixels.middle + pixels.right,
-       [](V& a, Total<S>* to) __attribute__((always_inline)) { a.store(to); });
+  if (pixels.ends) {
+    each([&](int r, int k, int64_t at) __attribute__((always_inline)) {
+      V chain[chains];
+#pragma GCC unroll 2
+      for (int q = 0; q < chains; ++q) chain[q] = acc[q][r][k];
+      total_with(V::load(sums.total + at), chain).store(sums.total + at);
+    });
+    return;
+  }
+#pragma GCC unroll 2
+  for (int q = 0; q < chains; ++q) {
+    Total<S>* const chain = chain_of(pixels.number + pixels.left + pixels.middle + pixels.right, q);
+    each([&](int r, int k, int64_t at)
+             __attribute__((always_inline)) { acc[q][r][k].store(chain + at); });
+  }
 }
 
 // Tiles of `rows` x `taps` chains (twice as many if they take turns) that fit the registers, for
@@ -150,12 +181,13 @@ constexpr int most_chains_of(int registers) { return registers == 32 ? 26 : 11; 
 
 template <int chains, int stride, int taps, int rows, class S>
 TNC_INLINE void tap_rows(PixelRow<S>& pixels, const S* const* row, int64_t row_count,
-                         int64_t offset, int64_t column, int64_t pitch, ChainRows<Total<S>> sums) {
+                         int64_t offset, int64_t column, int64_t pitch, TapSums<Total<S>> sums) {
   if constexpr (rows > 0) {
     for (; row_count >= rows; row_count -= rows) {
       tap_tile<chains, stride, rows, taps>(pixels, row, offset, column, pitch, sums);
       row += rows;
       sums.chain += rows * sums.row_pitch;
+      sums.total += rows * sums.row_pitch;
     }
     tap_rows<chains, stride, taps, rows - 1>(pixels, row, row_count, offset, column, pitch, sums);
   }
@@ -165,7 +197,8 @@ TNC_INLINE void tap_rows(PixelRow<S>& pixels, const S* const* row, int64_t row_c
 // pixel's pixel_pitch.
 template <int chains, class S>
 void all_taps(PixelRow<S>& pixels, const S* const* row, int64_t row_count, int64_t kernel,
-              int64_t tap_pitch, int64_t pixel_pitch, Total<S>* chain, int64_t chain_pitch) {
+              int64_t tap_pitch, int64_t pixel_pitch, Total<S>* total, Total<S>* chain,
+              int64_t chain_pitch) {
   using V = Vec<Total<S>>;
   constexpr int L = V::lanes, most = most_chains_of(V::registers) / chains;
   int64_t k = 0;
@@ -173,7 +206,7 @@ void all_taps(PixelRow<S>& pixels, const S* const* row, int64_t row_count, int64
     constexpr int fit = most / taps.value < 8 ? most / taps.value : 8;
     tap_rows<chains, stride.value, taps.value, fit>(
         pixels, row, row_count, k * tap_pitch, pixels.column + k * pixels.tap_columns, pitch,
-        ChainRows<Total<S>>{chain + k * L, kernel * L, chain_pitch});
+        TapSums<Total<S>>{total + k * L, chain + k * L, kernel * L, chain_pitch});
     k += taps.value;
   };
   const std::integral_constant<int, 1> one;
@@ -277,7 +310,6 @@ bool grad_weight_in_place(const ConvProblem& p) {
     // For each row of the band where what each row of taps reads lies, or -1; last its gradient.
     int64_t* const offsets = arena.take<int64_t>(band * (plane_rows + 1));
     const auto channel = [&](int64_t b) { return least((begin + b) * L, channels - L); };
-    std::memset(chains, 0, count * C * sums * sizeof(E));
     for (int64_t b = 0; b < count; ++b)
       read_totals<T>(p, channel(b), 0, s.taps(), totals + b * sums);
     // The pixels of a row that read no padding lie between `left` and `right`.
@@ -309,7 +341,7 @@ bool grad_weight_in_place(const ConvProblem& p) {
           }
         }
         for (int64_t b = 0; b < count; ++b) {
-          E* const chain = chains + b * C * sums;
+          E *const chain = chains + b * C * sums, *const total = totals + b * sums;
           for (int64_t at = first; at < last; ++at) {
             const int64_t* const row = offsets + (at - first) * (plane_rows + 1);
             const T* const grad = grads + row[plane_rows] + channel(b);
@@ -336,6 +368,8 @@ bool grad_weight_in_place(const ConvProblem& p) {
               pixels.pixel_columns = wide.stride;
               pixels.width = wide.in;
               pixels.number = number;
+              pixels.begins = number % G == 0;
+              pixels.ends = (number + next - w) % G == 0 || number + next - w == rows * wide.out;
               const T* const corner = sample + channel(b) + pixels.column * input.stride[4];
               V nothing[C];  // what the products with the padding add up to
               for (V& sum : nothing) sum = V::zero();
@@ -347,31 +381,33 @@ bool grad_weight_in_place(const ConvProblem& p) {
                   const T* start[most_rows];
                   for (int64_t i = 0; i < run; ++i) start[i] = corner + row[r + i];
                   all_taps<C>(pixels, start, run, wide.kernel, wide.dilation * input.stride[4],
-                              wide.stride * input.stride[4], chain + r * wide.kernel * L, sums);
+                              wide.stride * input.stride[4], total + r * wide.kernel * L,
+                              chain + r * wide.kernel * L, sums);
                 } else {
                   for (int64_t i = 0; i < next - w && !summed; ++i) {
                     V& sum = nothing[(number + i) % C];
                     sum = fma(V::load(pixels.grad + i * pixels.grad_pitch), V::zero(), sum);
                   }
                   summed = true;
-                  for (int q = 0; q < C; ++q) {
-                    E* const end = chain + q * sums + (r + run) * wide.kernel * L;
-                    for (E* c = chain + q * sums + r * wide.kernel * L; c < end; c += L)
-                      (V::load(c) + nothing[q]).store(c);
+                  for (int64_t i = r * wide.kernel; i < (r + run) * wide.kernel; ++i) {
+                    V sum[C];
+                    for (int q = 0; q < C; ++q) {
+                      E* const at = chain + q * sums + i * L;
+                      sum[q] = pixels.begins ? nothing[q] : V::load(at) + nothing[q];
+                      sum[q].store(at);
+                    }
+                    E* const at = total + i * L;
+                    if (pixels.ends) total_with(V::load(at), sum).store(at);
                   }
                 }
                 r += run;
               }
               number += next - w;
               w = next;
-              if (number % G == 0) fold_chains<T>(sums, chain, totals + b * sums);
             }
           }
         }
       }
-      if (rows * wide.out % G != 0)
-        for (int64_t b = 0; b < count; ++b)
-          fold_chains<T>(sums, chains + b * C * sums, totals + b * sums);
     }
     for (int64_t b = 0; b < count; ++b)
       write_totals<T>(p, channel(b), 0, s.taps(), totals + b * sums);
@@ -468,6 +504,7 @@ bool few_channels_grad_weight(const ConvProblem& p) {
                                          axis[1].base(h) * panel.row_pitch();
               for (int64_t w = 0; w < chunk.size[2];) {
                 const int64_t piece = least(chunk.size[2] - w, G - number % G);
+                const bool closes = (number + piece) % G == 0 || number + piece == s.outputs();
                 for (int64_t b = 0; b < team; ++b)
                   for (int c = 0; c < passes; ++c) {
                     const int64_t at = w + ((number + c) % passes);
@@ -479,17 +516,18 @@ bool few_channels_grad_weight(const ConvProblem& p) {
                     some.grad_pitch = passes * L;
                     some.middle = (w + piece - at + passes - 1) / passes;
                     some.number = number;
+                    some.begins = passes == 1 && number % G == 0;
+                    some.ends = passes == 1 && closes;
                     all_taps<C>(some, start, r1 - r0, kernel, s.axis[2].dilation * L,
-                                passes * axis[2].step * L, chains + (b * chains_of<T> + c) * count,
-                                count);
+                                passes * axis[2].step * L, totals + b * count,
+                                chains + (b * chains_of<T> + c) * count, count);
                   }
                 w += piece;
                 number += piece;
-                if (number % G == 0) fold();
+                if (passes > 1 && closes) fold();
               }
             }
         }
-        if (number % G != 0) fold();
       }
       for (int64_t b = 0; b < team; ++b)
         write_totals<T>(p, channel(b), r0 * kernel, count / L, totals + b * count);
