@@ -92,6 +92,10 @@ TNC_INLINE void add_side(V (&acc)[chains][rows][taps], const S*& grad, const Pix
   }
 }
 
+// With 16 registers a tile has none left for that; the chains are added up apart.
+template <class V>
+constexpr bool folds_in_tile = V::registers == 32;
+
 // Where the sums of some rows of taps are kept: total[r * row_pitch + tap][lane], in the same way
 // the first chain and, chain_pitch behind it, the second.
 template <class E>
@@ -128,7 +132,7 @@ void tap_tile(PixelRow<S>& pixels, const S* const* row, int64_t offset, int64_t 
   };
 #pragma GCC unroll 2
   for (int q = 0; q < chains; ++q)
-    if (pixels.begins) {
+    if (folds_in_tile<V> && pixels.begins) {
       each([&](int r, int k, int64_t) __attribute__((always_inline)) { acc[q][r][k] = V::zero(); });
     } else {
       const Total<S>* const chain = chain_of(pixels.number, q);
@@ -158,7 +162,7 @@ void tap_tile(PixelRow<S>& pixels, const S* const* row, int64_t offset, int64_t 
     take_turns(acc);
   }
   add_side<V, stride>(acc, grad, pixels, pixels.right, column, from, pitch);
-  if (pixels.ends) {
+  if (folds_in_tile<V> && pixels.ends) {
     each([&](int r, int k, int64_t at) __attribute__((always_inline)) {
       V chain[chains];
 #pragma GCC unroll 2
@@ -310,6 +314,7 @@ bool grad_weight_in_place(const ConvProblem& p) {
     // For each row of the band where what each row of taps reads lies, or -1; last its gradient.
     int64_t* const offsets = arena.take<int64_t>(band * (plane_rows + 1));
     const auto channel = [&](int64_t b) { return least((begin + b) * L, channels - L); };
+    std::memset(chains, 0, count * C * sums * sizeof(E));
     for (int64_t b = 0; b < count; ++b)
       read_totals<T>(p, channel(b), 0, s.taps(), totals + b * sums);
     // The pixels of a row that read no padding lie between `left` and `right`.
@@ -368,8 +373,10 @@ bool grad_weight_in_place(const ConvProblem& p) {
               pixels.pixel_columns = wide.stride;
               pixels.width = wide.in;
               pixels.number = number;
-              pixels.begins = number % G == 0;
-              pixels.ends = (number + next - w) % G == 0 || number + next - w == rows * wide.out;
+              const bool closes =
+                  (number + next - w) % G == 0 || number + next - w == rows * wide.out;
+              pixels.begins = folds_in_tile<V> && number % G == 0;
+              pixels.ends = folds_in_tile<V> && closes;
               const T* const corner = sample + channel(b) + pixels.column * input.stride[4];
               V nothing[C];  // what the products with the padding add up to
               for (V& sum : nothing) sum = V::zero();
@@ -402,6 +409,7 @@ bool grad_weight_in_place(const ConvProblem& p) {
                 }
                 r += run;
               }
+              if (!folds_in_tile<V> && closes) fold_chains<T>(sums, chain, total);
               number += next - w;
               w = next;
             }
@@ -516,15 +524,15 @@ bool few_channels_grad_weight(const ConvProblem& p) {
                     some.grad_pitch = passes * L;
                     some.middle = (w + piece - at + passes - 1) / passes;
                     some.number = number;
-                    some.begins = passes == 1 && number % G == 0;
-                    some.ends = passes == 1 && closes;
+                    some.begins = folds_in_tile<Vec<E>> && number % G == 0;
+                    some.ends = folds_in_tile<Vec<E>> && closes;
                     all_taps<C>(some, start, r1 - r0, kernel, s.axis[2].dilation * L,
                                 passes * axis[2].step * L, totals + b * count,
                                 chains + (b * chains_of<T> + c) * count, count);
                   }
                 w += piece;
                 number += piece;
-                if (passes > 1 && closes) fold();
+                if (!folds_in_tile<Vec<E>> && closes) fold();
               }
             }
         }

@@ -338,7 +338,10 @@ void sweep_tile(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
 #pragma GCC unroll 8
         for (int c = 0; c < vecs; ++c) {
           V& chain = acc[c][tap % chains];
-          chain = fma(V::template window<shift>(whole[c], whole[c + 1]), weight, chain);
+          // In turns: either way alone is slower than the multiply-adds.
+          const V x = c % 2 == 0 ? V::template window<shift>(whole[c], whole[c + 1])
+                                 : V::load(from + c * L + shift);
+          chain = fma(x, weight, chain);
         }
       });
       number += length;
