@@ -31,7 +31,8 @@ inline bool conv_depthwise(const ConvProblem& p) {
       return;
     }
     taken = map_planes<T>(p);
-    if constexpr (chains_of<T> == 1) taken = taken || map_in_place<T>(p);
+    if constexpr (chains_of<T> == 1 || Vec<Total<T>>::registers == 32)
+      taken = taken || map_in_place<T>(p);
     taken = taken || map_blocks<T>(p);
   });
   return taken;

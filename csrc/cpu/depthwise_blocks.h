@@ -75,7 +75,7 @@ TNC_INLINE void map_tile(const TermLists& lists, int32_t chain, int32_t last,
   }
 #pragma GCC unroll 8
   for (int i = 0; i < pixels; ++i) {
-    const V result = canonical(total[i] + bias);
+    const V result = result_of<T>(total[i] + bias);
     if (lanes == V::lanes)
       result.store(out + i * out_step);
     else

@@ -14,6 +14,19 @@ template <class T>
 constexpr FloatEnvironment::Mode environment_of =
     is_half_type<T> ? FloatEnvironment::flush : FloatEnvironment::gradual;
 
+// Are neighbouring vectors joined faster than a vector that crosses lines is loaded?
+template <class V>
+constexpr bool joins_windows = requires(V a) { V::template window<1>(a, a); };
+
+// A result that is stored as T: narrowing makes every NaN canonical anyway.
+template <class T, class V>
+TNC_INLINE V result_of(V sum) {
+  if constexpr (is_half_type<T>)
+    return sum;
+  else
+    return canonical(sum);
+}
+
 constexpr int64_t panel_bytes = 256 << 10;      // a panel's share of the L2 cache
 constexpr int64_t panel_limit = 2 << 20;        // what a thread may take at most
 constexpr int64_t widest_map_chunk = 128;       // pixels of a row, so that several rows fit

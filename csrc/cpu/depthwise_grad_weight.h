@@ -23,46 +23,59 @@ struct Ahead {
 
 // Some pixels of a row and the input that their taps meet. `left` pixels, then `middle` and `right`
 // ones; those at the sides read columns that lie in the padding.
-template <class E>
+template <class S>
 struct PixelRow {
-  const E* grad;
+  const S* grad;
   int64_t grad_pitch;
   int64_t left, middle, right;
   // For the pixels at the sides: the column of the first pixel's first tap, how far the next tap
   // and the next pixel are, how many columns there are.
   int64_t column, tap_columns, pixel_columns, width;
+  int64_t number;  // of the first pixel: with two chains, they take turns
+  // Does a group of terms begin or end here? Then its chains start, or are added to the totals.
+  bool begins = false, ends = false;
   Ahead input_ahead, grad_ahead;
 };
 
-// chain[r][k] += the products of `pixels` pixels, `stride` columns apart; a vector is loaded once
-// for all the pixels and taps that meet in it. Moves on to the next pixels.
-template <class V, int stride, int pixels, int rows, int taps, class E>
-TNC_INLINE void add_pixels(V (&acc)[rows][taps], const E*& grad, int64_t grad_pitch,
-                           const E* (&from)[rows], int64_t pitch) {
+// acc[i % chains][r][k] += the products of `pixels` pixels, `stride` columns apart; a vector is
+// loaded once for all the pixels and taps that meet in it. Moves on to the next pixels.
+template <class V, int stride, int pixels, int chains, int rows, int taps, class S>
+TNC_INLINE void add_pixels(V (&acc)[chains][rows][taps], const S*& grad, int64_t grad_pitch,
+                           const S* (&from)[rows], int64_t pitch) {
   constexpr int columns = (pixels - 1) * stride + taps;
   V g[pixels];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int i = 0; i < pixels; ++i, grad += grad_pitch) g[i] = V::load(grad);
-#pragma GCC unroll 16
+#pragma GCC unroll 24
   for (int column = 0; column < columns; ++column)
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
       const V x = V::load(from[r]);
       from[r] += pitch;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < pixels; ++i) {
         const int k = column - i * stride;
-        if (k >= 0 && k < taps) acc[r][k] = fma(x, g[i], acc[r][k]);
+        if (k >= 0 && k < taps) acc[i % chains][r][k] = fma(x, g[i], acc[i % chains][r][k]);
       }
     }
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) from[r] += (pixels * stride - columns) * pitch;
 }
 
+// After one pixel: the other chain's turn.
+template <class V, int chains, int rows, int taps>
+TNC_INLINE void take_turns(V (&acc)[chains][rows][taps]) {
+  if constexpr (chains == 2)
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+      for (int k = 0; k < taps; ++k) std::swap(acc[0][r][k], acc[1][r][k]);
+}
+
 // The same for pixels whose taps may read the padding.
-template <class V, int stride, int rows, int taps, class E>
-TNC_INLINE void add_side(V (&acc)[rows][taps], const E*& grad, const PixelRow<E>& pixels,
-                         int64_t count, int64_t& column, const E* (&from)[rows], int64_t pitch) {
+template <class V, int stride, int chains, int rows, int taps, class S>
+TNC_INLINE void add_side(V (&acc)[chains][rows][taps], const S*& grad, const PixelRow<S>& pixels,
+                         int64_t count, int64_t& column, const S* (&from)[rows], int64_t pitch) {
   for (; count > 0; --count, column += pixels.pixel_columns, grad += pixels.grad_pitch) {
     const V g = V::load(grad);
 #pragma GCC unroll 8
@@ -71,76 +84,133 @@ TNC_INLINE void add_side(V (&acc)[rows][taps], const E*& grad, const PixelRow<E>
       const bool there = at >= 0 && at < pixels.width;
 #pragma GCC unroll 8
       for (int r = 0; r < rows; ++r)
-        acc[r][k] = fma(there ? V::load(from[r] + k * pitch) : V::zero(), g, acc[r][k]);
+        acc[0][r][k] = fma(there ? V::load(from[r] + k * pitch) : V::zero(), g, acc[0][r][k]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) from[r] += stride * pitch;
+    take_turns(acc);
   }
 }
 
-// chain[r][k] += the products of a row of pixels: `rows` rows of `taps` taps, of which the first
-// reads `column`, at row[r] + offset, for the first pixel.
-template <int stride, int rows, int taps, class E>
-void tap_tile(PixelRow<E>& pixels, const E* const* row, int64_t offset, int64_t column,
-              int64_t pitch, E* chain, int64_t chain_pitch) {
-  using V = Vec<E>;
-  V acc[rows][taps];
-  const E* from[rows];
+// With 16 registers a tile has none left for that; the chains are added up apart.
+template <class V>
+constexpr bool folds_in_tile = V::registers == 32;
+
+// Where the sums of some rows of taps are kept: total[r * row_pitch + tap][lane], in the same way
+// the first chain and, chain_pitch behind it, the second.
+template <class E>
+struct TapSums {
+  E *total, *chain;
+  int64_t row_pitch, chain_pitch;
+};
+
+// total += chain (16-bit types: even + odd)
+template <class V, int chains>
+TNC_INLINE V total_with(V total, const V (&chain)[chains]) {
+  if constexpr (chains == 2)
+    return total + (chain[0] + chain[1]);
+  else
+    return total + chain[0];
+}
+
+// The products of a row of pixels: `rows` rows of `taps` taps, of which the first reads `column`,
+// at row[r] + offset, for the first pixel.
+template <int chains, int stride, int rows, int taps, class S>
+void tap_tile(PixelRow<S>& pixels, const S* const* row, int64_t offset, int64_t column,
+              int64_t pitch, TapSums<Total<S>> sums) {
+  using V = Vec<Total<S>>;
+  V acc[chains][rows][taps];
+  const auto each = [&](const auto& what) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r) {
-    from[r] = row[r] + offset;
+    for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
-    for (int k = 0; k < taps; ++k) acc[r][k] = V::load(chain + r * chain_pitch + k * V::lanes);
-  }
-  const E* grad = pixels.grad;
+      for (int k = 0; k < taps; ++k) what(r, k, r * sums.row_pitch + k * V::lanes);
+  };
+  // Where the chain is whose turn it is, and the other.
+  const auto chain_of = [&](int64_t number, int q) __attribute__((always_inline)) {
+    return sums.chain + (number + q) % chains * sums.chain_pitch;
+  };
+#pragma GCC unroll 2
+  for (int q = 0; q < chains; ++q)
+    if (folds_in_tile<V> && pixels.begins) {
+      each([&](int r, int k, int64_t) __attribute__((always_inline)) { acc[q][r][k] = V::zero(); });
+    } else {
+      const Total<S>* const chain = chain_of(pixels.number, q);
+      each([&](int r, int k, int64_t at)
+               __attribute__((always_inline)) { acc[q][r][k] = V::load(chain + at); });
+    }
+  const S* from[rows];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) from[r] = row[r] + offset;
+  const S* grad = pixels.grad;
   int64_t count = pixels.middle;
   add_side<V, stride>(acc, grad, pixels, pixels.left, column, from, pitch);
   column += count * pixels.pixel_columns;
-  for (; count >= 4; count -= 4) {
-    constexpr int lines = 4 * sizeof(V) / 64;  // of four pixels
-    pixels.input_ahead.fetch(lines * stride * stride);
-    pixels.grad_ahead.fetch(lines);
-    add_pixels<V, stride, 4>(acc, grad, pixels.grad_pitch, from, pitch);
+  const auto add = [&](auto pixels_at_once) __attribute__((always_inline)) {
+    constexpr int some = pixels_at_once.value, lines = some * V::lanes * sizeof(S) / 64;
+    for (; count >= some; count -= some) {
+      pixels.input_ahead.fetch(lines * stride * stride);
+      pixels.grad_ahead.fetch(lines);
+      add_pixels<V, stride, some>(acc, grad, pixels.grad_pitch, from, pitch);
+    }
+  };
+  if constexpr (V::registers == 32 && chains * rows * taps <= 21)
+    add(std::integral_constant<int, 8>{});
+  add(std::integral_constant<int, 4>{});
+  for (; count > 0; --count) {
+    add_pixels<V, stride, 1>(acc, grad, pixels.grad_pitch, from, pitch);
+    take_turns(acc);
   }
-  for (; count > 0; --count) add_pixels<V, stride, 1>(acc, grad, pixels.grad_pitch, from, pitch);
   add_side<V, stride>(acc, grad, pixels, pixels.right, column, from, pitch);
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 8
-    for (int k = 0; k < taps; ++k) acc[r][k].store(chain + r * chain_pitch + k * V::lanes);
+  if (folds_in_tile<V> && pixels.ends) {
+    each([&](int r, int k, int64_t at) __attribute__((always_inline)) {
+      V chain[chains];
+#pragma GCC unroll 2
+      for (int q = 0; q < chains; ++q) chain[q] = acc[q][r][k];
+      total_with(V::load(sums.total + at), chain).store(sums.total + at);
+    });
+    return;
+  }
+#pragma GCC unroll 2
+  for (int q = 0; q < chains; ++q) {
+    Total<S>* const chain = chain_of(pixels.number + pixels.left + pixels.middle + pixels.right, q);
+    each([&](int r, int k, int64_t at)
+             __attribute__((always_inline)) { acc[q][r][k].store(chain + at); });
+  }
 }
 
-// Tiles of `rows` x `taps` chains that fit the registers, for the numbers of taps that occur in
-// kernels; longer rows are cut.
+// Tiles of `rows` x `taps` chains (twice as many if they take turns) that fit the registers, for
+// the numbers of taps that occur in kernels; longer rows are cut.
 constexpr int most_chains_of(int registers) { return registers == 32 ? 26 : 11; }
 
-template <int stride, int taps, int rows, class E>
-TNC_INLINE void tap_rows(PixelRow<E>& pixels, const E* const* row, int64_t row_count,
-                         int64_t offset, int64_t column, int64_t pitch, E* chain,
-                         int64_t chain_pitch) {
+template <int chains, int stride, int taps, int rows, class S>
+TNC_INLINE void tap_rows(PixelRow<S>& pixels, const S* const* row, int64_t row_count,
+                         int64_t offset, int64_t column, int64_t pitch, TapSums<Total<S>> sums) {
   if constexpr (rows > 0) {
     for (; row_count >= rows; row_count -= rows) {
-      tap_tile<stride, rows, taps>(pixels, row, offset, column, pitch, chain, chain_pitch);
+      tap_tile<chains, stride, rows, taps>(pixels, row, offset, column, pitch, sums);
       row += rows;
-      chain += rows * chain_pitch;
+      sums.chain += rows * sums.row_pitch;
+      sums.total += rows * sums.row_pitch;
     }
-    tap_rows<stride, taps, rows - 1>(pixels, row, row_count, offset, column, pitch, chain,
-                                     chain_pitch);
+    tap_rows<chains, stride, taps, rows - 1>(pixels, row, row_count, offset, column, pitch, sums);
   }
 }
 
 // All `kernel` taps of some rows of taps: a tap's column is tap_pitch from the one before, a
 // pixel's pixel_pitch.
-template <class E>
-void all_taps(PixelRow<E>& pixels, const E* const* row, int64_t row_count, int64_t kernel,
-              int64_t tap_pitch, int64_t pixel_pitch, E* chain) {
-  constexpr int L = Vec<E>::lanes, most = most_chains_of(Vec<E>::registers);
+template <int chains, class S>
+void all_taps(PixelRow<S>& pixels, const S* const* row, int64_t row_count, int64_t kernel,
+              int64_t tap_pitch, int64_t pixel_pitch, Total<S>* total, Total<S>* chain,
+              int64_t chain_pitch) {
+  using V = Vec<Total<S>>;
+  constexpr int L = V::lanes, most = most_chains_of(V::registers) / chains;
   int64_t k = 0;
   const auto rows_of = [&](auto stride, auto taps, int64_t pitch) __attribute__((always_inline)) {
     constexpr int fit = most / taps.value < 8 ? most / taps.value : 8;
-    tap_rows<stride.value, taps.value, fit>(pixels, row, row_count, k * tap_pitch,
-                                            pixels.column + k * pixels.tap_columns, pitch,
-                                            chain + k * L, kernel * L);
+    tap_rows<chains, stride.value, taps.value, fit>(
+        pixels, row, row_count, k * tap_pitch, pixels.column + k * pixels.tap_columns, pitch,
+        TapSums<Total<S>>{total + k * L, chain + k * L, kernel * L, chain_pitch});
     k += taps.value;
   };
   const std::integral_constant<int, 1> one;
@@ -216,8 +286,9 @@ void write_totals(const ConvProblem& p, int64_t first, int64_t number, int64_t n
 // taps the same sum.
 template <class T>
 bool grad_weight_in_place(const ConvProblem& p) {
-  using V = Vec<T>;
-  constexpr int L = V::lanes;
+  using E = Total<T>;
+  using V = Vec<E>;
+  constexpr int L = V::lanes, C = chains_of<T>;
   constexpr int64_t G = group_length<T>, most_rows = 64;
   const ConvShape& s = p.shape;
   const RawView &input = p.input, &output = p.output;
@@ -236,14 +307,14 @@ bool grad_weight_in_place(const ConvProblem& p) {
   const auto work = [&](int64_t begin, int64_t end) {
     const int64_t count = end - begin;
     Arena& arena = task_arena();
-    arena.reset(2 * Arena::bytes_for<T>(count * sums) +
+    arena.reset(Arena::bytes_for<E>(count * sums) + Arena::bytes_for<E>(count * C * sums) +
                 Arena::bytes_for<int64_t>(band * (plane_rows + 1)));
-    T* const totals = arena.take<T>(count * sums);
-    T* const chains = arena.take<T>(count * sums);
+    E* const totals = arena.take<E>(count * sums);
+    E* const chains = arena.take<E>(count * C * sums);
     // For each row of the band where what each row of taps reads lies, or -1; last its gradient.
     int64_t* const offsets = arena.take<int64_t>(band * (plane_rows + 1));
     const auto channel = [&](int64_t b) { return least((begin + b) * L, channels - L); };
-    std::memset(chains, 0, count * sums * sizeof(T));
+    std::memset(chains, 0, count * C * sums * sizeof(E));
     for (int64_t b = 0; b < count; ++b)
       read_totals<T>(p, channel(b), 0, s.taps(), totals + b * sums);
     // The pixels of a row that read no padding lie between `left` and `right`.
@@ -275,7 +346,7 @@ bool grad_weight_in_place(const ConvProblem& p) {
           }
         }
         for (int64_t b = 0; b < count; ++b) {
-          T* const chain = chains + b * sums;
+          E *const chain = chains + b * C * sums, *const total = totals + b * sums;
           for (int64_t at = first; at < last; ++at) {
             const int64_t* const row = offsets + (at - first) * (plane_rows + 1);
             const T* const grad = grads + row[plane_rows] + channel(b);
@@ -301,8 +372,14 @@ bool grad_weight_in_place(const ConvProblem& p) {
               pixels.tap_columns = wide.dilation;
               pixels.pixel_columns = wide.stride;
               pixels.width = wide.in;
+              pixels.number = number;
+              const bool closes =
+                  (number + next - w) % G == 0 || number + next - w == rows * wide.out;
+              pixels.begins = folds_in_tile<V> && number % G == 0;
+              pixels.ends = folds_in_tile<V> && closes;
               const T* const corner = sample + channel(b) + pixels.column * input.stride[4];
-              V nothing = V::zero();  // what the products with the padding add up to
+              V nothing[C];  // what the products with the padding add up to
+              for (V& sum : nothing) sum = V::zero();
               bool summed = false;
               for (int64_t r = 0; r < plane_rows;) {
                 int64_t run = 1;
@@ -310,26 +387,35 @@ bool grad_weight_in_place(const ConvProblem& p) {
                 if (row[r] >= 0) {
                   const T* start[most_rows];
                   for (int64_t i = 0; i < run; ++i) start[i] = corner + row[r + i];
-                  all_taps<T>(pixels, start, run, wide.kernel, wide.dilation * input.stride[4],
-                              wide.stride * input.stride[4], chain + r * wide.kernel * L);
+                  all_taps<C>(pixels, start, run, wide.kernel, wide.dilation * input.stride[4],
+                              wide.stride * input.stride[4], total + r * wide.kernel * L,
+                              chain + r * wide.kernel * L, sums);
                 } else {
-                  for (int64_t i = 0; i < next - w && !summed; ++i)
-                    nothing = fma(V::load(pixels.grad + i * pixels.grad_pitch), V::zero(), nothing);
+                  for (int64_t i = 0; i < next - w && !summed; ++i) {
+                    V& sum = nothing[(number + i) % C];
+                    sum = fma(V::load(pixels.grad + i * pixels.grad_pitch), V::zero(), sum);
+                  }
                   summed = true;
-                  for (T* c = chain + r * wide.kernel * L; c < chain + (r + run) * wide.kernel * L;
-                       c += L)
-                    (V::load(c) + nothing).store(c);
+                  for (int64_t i = r * wide.kernel; i < (r + run) * wide.kernel; ++i) {
+                    V sum[C];
+                    for (int q = 0; q < C; ++q) {
+                      E* const at = chain + q * sums + i * L;
+                      sum[q] = pixels.begins ? nothing[q] : V::load(at) + nothing[q];
+                      sum[q].store(at);
+                    }
+                    E* const at = total + i * L;
+                    if (pixels.ends) total_with(V::load(at), sum).store(at);
+                  }
                 }
                 r += run;
               }
+              if (!folds_in_tile<V> && closes) fold_chains<T>(sums, chain, total);
               number += next - w;
               w = next;
-              if (number % G == 0) fold_chains<T>(sums, chain, totals + b * sums);
             }
           }
         }
       }
-      if (rows * wide.out % G != 0) fold_chains<T>(count * sums, chains, totals);
     }
     for (int64_t b = 0; b < count; ++b)
       write_totals<T>(p, channel(b), 0, s.taps(), totals + b * sums);
@@ -348,7 +434,9 @@ bool few_channels_grad_weight(const ConvProblem& p) {
   const ConvShape& s = p.shape;
   const int64_t planes = s.group_in(), kernel = s.axis[2].kernel;
   const int64_t plane_rows = s.axis[0].kernel * s.axis[1].kernel, all_rows = planes * plane_rows;
-  if constexpr (chains_of<T> == 1)
+  // Two chains take turns in a tile if it has the registers, else each has a pass of its own.
+  constexpr int C = Vec<E>::registers == 32 ? chains_of<T> : 1, passes = chains_of<T> / C;
+  if constexpr (C == chains_of<T>)
     if (grad_weight_in_place<T>(p)) return true;
   if (s.group_out() >= L || all_rows * kernel > 1 << 13) return false;
 
@@ -424,28 +512,30 @@ bool few_channels_grad_weight(const ConvProblem& p) {
                                          axis[1].base(h) * panel.row_pitch();
               for (int64_t w = 0; w < chunk.size[2];) {
                 const int64_t piece = least(chunk.size[2] - w, G - number % G);
+                const bool closes = (number + piece) % G == 0 || number + piece == s.outputs();
                 for (int64_t b = 0; b < team; ++b)
-                  for (int c = 0; c < chains_of<T>; ++c) {
-                    const int64_t at = w + ((number + c) % chains_of<T>);
-                    const int64_t pixels = (w + piece - at + chains_of<T> - 1) / chains_of<T>;
+                  for (int c = 0; c < passes; ++c) {
+                    const int64_t at = w + ((number + c) % passes);
                     const E* const corner =
                         panel_row + b * panel.block_pitch() + axis[2].base(at) * L;
                     for (int64_t r = r0; r < r1; ++r) start[r - r0] = corner + row[r];
                     PixelRow<E> some{};
                     some.grad = grad_row + b * grad_panel.block_pitch() + at * L;
-                    some.grad_pitch = chains_of<T> * L;
-                    some.middle = pixels;
-                    all_taps<E>(some, start, r1 - r0, kernel, s.axis[2].dilation * L,
-                                chains_of<T> * axis[2].step * L,
-                                chains + (b * chains_of<T> + c) * count);
+                    some.grad_pitch = passes * L;
+                    some.middle = (w + piece - at + passes - 1) / passes;
+                    some.number = number;
+                    some.begins = folds_in_tile<Vec<E>> && number % G == 0;
+                    some.ends = folds_in_tile<Vec<E>> && closes;
+                    all_taps<C>(some, start, r1 - r0, kernel, s.axis[2].dilation * L,
+                                passes * axis[2].step * L, totals + b * count,
+                                chains + (b * chains_of<T> + c) * count, count);
                   }
                 w += piece;
                 number += piece;
-                if (number % G == 0) fold();
+                if (!folds_in_tile<Vec<E>> && closes) fold();
               }
             }
         }
-        if (number % G != 0) fold();
       }
       for (int64_t b = 0; b < team; ++b)
         write_totals<T>(p, channel(b), r0 * kernel, count / L, totals + b * count);

@@ -25,11 +25,15 @@ struct PlanePhase {
   int32_t chain, last_chain;
   const Total<T>* weights;  // by term number
   Total<T> bias;
-  int64_t sets, w_step;  // sliding: (source channel, kd) pairs, and from tap to tap along w
+  // Where taps slide along a row: where each row of taps (source channel, kd, kh) begins to read,
+  // how many rows and taps a row, and the distance of a panel row's remainders.
+  const int32_t* tap_rows;
+  int64_t tap_row_count, row_taps, part;
   int32_t odd_chain = 0, odd_last_chain = 0;  // pairs: of the other phase along w
 };
 
-// Some rows of some vectors. The last vector of a row may overlap the one before.
+// Some rows of some vectors. Where windows are joined all tiles begin at whole vectors, and a row's
+// last one is stored in part; else it overlaps the one before.
 template <class T>
 struct PlaneTile {
   const Total<T>* source;
@@ -47,15 +51,20 @@ struct PlaneTile {
 template <class T>
 using PlaneTileFunction = void (*)(const PlanePhase<T>&, const PlaneTile<T>&);
 
-// Vector c of the `vecs` of a row.
+// Is vector c of the `vecs` of a row stored in part?
+template <class T, int vecs>
+TNC_INLINE bool is_cut(const PlaneTile<T>& tile, int c) {
+  using V = Vec<Total<T>>;
+  return (vecs == 1 || joins_windows<V>) && c + 1 == vecs && tile.lanes < V::lanes;
+}
+
 template <class T, int vecs>
 TNC_INLINE void store_plane_vector(Vec<Total<T>> result, const PlaneTile<T>& tile, T* row, int c) {
-  constexpr int L = Vec<Total<T>>::lanes;
-  T* const to = row + (c + 1 < vecs ? c * L : tile.last);
-  if (vecs > 1 || tile.lanes >= L)
-    result.store(to);
-  else
+  T* const to = row + (c + 1 < vecs ? c * Vec<Total<T>>::lanes : tile.last);
+  if (is_cut<T, vecs>(tile, c))
     result.store(to, tile.lanes);
+  else
+    result.store(to);
 }
 
 template <class T, int rows, int vecs>
@@ -68,7 +77,7 @@ TNC_INLINE void store_plane_tile(const Vec<Total<T>> (&total)[rows][vecs],
   for (int i = 0; i < rows; ++i, out += tile.out_step)
 #pragma GCC unroll 8
     for (int c = 0; c < vecs; ++c)
-      store_plane_vector<T, vecs>(canonical(total[i][c] + bias), tile, out, c);
+      store_plane_vector<T, vecs>(result_of<T>(total[i][c] + bias), tile, out, c);
 }
 
 // Any list of terms, one by one: of one phase, or of both of a stride of 2 along w, whose results
@@ -121,57 +130,106 @@ void list_tile(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
     const V bias = V::broadcast(phase.bias);
     each([&](int i, int c) __attribute__((always_inline)) {
       V low, high;
-      V::merge(canonical(total[0][i][c] + bias), canonical(total[1][i][c] + bias), low, high);
+      V::merge(result_of<T>(total[0][i][c] + bias), result_of<T>(total[1][i][c] + bias), low, high);
       T* const to = tile.out + i * tile.out_step + 2 * (c + 1 < vecs ? c * V::lanes : tile.last);
-      if (vecs > 1 || tile.lanes >= V::lanes) {
-        low.store(to);
-        high.store(to + V::lanes);
-      } else {
+      if (is_cut<T, vecs>(tile, c)) {
         low.store(to, static_cast<int>(least(2 * tile.lanes, V::lanes)));
         high.store(to + V::lanes, static_cast<int>(most(2 * tile.lanes - V::lanes, 0)));
+      } else {
+        low.store(to);
+        high.store(to + V::lanes);
       }
     });
   }
 }
 
-// A square kernel of stride and dilation 1 and one group of terms, of several source planes: a
+// what(k) with the constants k < n.
+template <int n, class What>
+TNC_INLINE void with_constants(const What& what) {
+  [&]<int... k>(std::integer_sequence<int, k...>) __attribute__((always_inline)) {
+    (what(std::integral_constant<int, k>{}), ...);
+  }(std::make_integer_sequence<int, n>{});
+}
+
+// A row of the panel as a row of `kernel` taps reads it, for `vecs` vectors of pixels. `step`: from
+// pixel to pixel; or -1: the taps go from right to left.
+template <class V, int kernel, int vecs, int step, class E>
+struct PlaneRow {
+  static constexpr int parts = step > 1 ? step : 1;
+  const E* row;  // the column furthest to the left
+  int64_t part, last;
+  V whole[parts][vecs + 1];
+
+  TNC_INLINE PlaneRow(const E* row, int64_t part, int64_t last) : row(row), part(part), last(last) {
+    if constexpr (joins_windows<V>)
+#pragma GCC unroll 2
+      for (int q = 0; q < parts; ++q)
+#pragma GCC unroll 8
+        for (int c = 0; c < vecs + (kernel > parts); ++c)
+          whole[q][c] = V::load(row + q * part + c * V::lanes);
+  }
+  // What tap k reads for vector c.
+  template <int k>
+  TNC_INLINE V read(int c) const {
+    constexpr int q = k % parts, shift = step < 0 ? kernel - 1 - k : k / parts;
+    if constexpr (joins_windows<V>)
+      return V::template window<shift>(whole[q][c], whole[q][c + 1]);
+    else
+      return V::load(row + q * part + shift + (c + 1 < vecs ? c * V::lanes : last));
+  }
+};
+
+// A square kernel of dilation 1 and one group of terms, of several source planes or of stride 2: a
 // vector is loaded once for all the rows of the tile that read it. Each row still meets its taps in
 // order.
-template <class T, int kernel, int rows, int vecs>
+template <class T, int kernel, int step, int rows, int vecs>
 void slide_tile(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
   using E = Total<T>;
   using V = Vec<E>;
-  V total[rows][vecs];
+  constexpr int chains = chains_of<T>, row_step = step < 0 ? 1 : step;
+  V acc[rows][vecs][chains];
+  const auto each = [](const auto& what) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-  for (int i = 0; i < rows; ++i)
+    for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
-    for (int c = 0; c < vecs; ++c) total[i][c] = V::zero();
+      for (int c = 0; c < vecs; ++c) what(i, c);
+  };
+  each([&](int i, int c) __attribute__((always_inline)) {
+    for (int q = 0; q < chains; ++q) acc[i][c][q] = V::zero();
+  });
   const E* w = phase.weights;
-  for (int64_t s = 0; s < phase.sets; ++s, w += kernel * kernel) {
-    const E* row = tile.source + phase.lists.runs[s * kernel * kernel].source;
-#pragma GCC unroll 16
-    for (int u = 0; u < rows + kernel - 1; ++u, row += tile.source_step) {
-      const E* from = row;
-#pragma GCC unroll 8
-      for (int kw = 0; kw < kernel; ++kw, from += phase.w_step) {
+  for (int64_t r = 0; r < phase.tap_row_count; r += kernel, w += kernel * kernel) {
+    const E* row = tile.source + phase.tap_rows[r];
+#pragma GCC unroll 24
+    for (int u = 0; u < (rows - 1) * row_step + kernel; ++u, row += tile.source_step) {
+      const PlaneRow<V, kernel, vecs, step, E> source(row, phase.part, tile.last);
+      with_constants<kernel>([&](auto kw) __attribute__((always_inline)) {
         V x[vecs];
 #pragma GCC unroll 8
-        for (int c = 0; c < vecs; ++c)
-          x[c] = V::load(from + (c + 1 < vecs ? c * V::lanes : tile.last));
+        for (int c = 0; c < vecs; ++c) x[c] = source.template read<kw.value>(c);
 #pragma GCC unroll 8
-        for (int i = 0; i < rows; ++i)
-          if (u >= i && u - i < kernel) {
-            const V tap = V::broadcast(w[(u - i) * kernel + kw]);
+        for (int i = 0; i < rows; ++i) {
+          const int kh = u - i * row_step, number = kh * kernel + kw.value;
+          if (kh < 0 || kh >= kernel) continue;
+          const V tap = V::broadcast(w[number]);
 #pragma GCC unroll 8
-            for (int c = 0; c < vecs; ++c) total[i][c] = fma(x[c], tap, total[i][c]);
+          for (int c = 0; c < vecs; ++c) {
+            V& chain = acc[i][c][number % chains];
+            chain = fma(x[c], tap, chain);
           }
-      }
+        }
+      });
     }
+    if constexpr (chains == 2)  // the next plane's first term has an odd number, or again an even
+      each([&](int i, int c)
+               __attribute__((always_inline)) { std::swap(acc[i][c][0], acc[i][c][1]); });
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 8
-    for (int c = 0; c < vecs; ++c) total[i][c] = V::zero() + total[i][c];
+  V total[rows][vecs];
+  each([&](int i, int c) __attribute__((always_inline)) {
+    total[i][c] = acc[i][c][0];
+    if constexpr (chains == 2) total[i][c] = total[i][c] + acc[i][c][1];
+    total[i][c] = V::zero() + total[i][c];
+  });
   store_plane_tile<T, rows, vecs>(total, phase, tile);
 }
 
@@ -179,7 +237,7 @@ void slide_tile(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
 // vectors. Source row u adds its taps to the `kernel` written rows u - kernel + 1 .. u, so that as
 // many rows of chains are always under way; the oldest is then complete. Rows outside the tile are
 // computed with them and dropped, source rows outside [tile.first, tile.end) add nothing.
-template <class T, int kernel, int vecs>
+template <class T, int kernel, int step, int vecs>
 void roll_strip(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
   using E = Total<T>;
   using V = Vec<E>;
@@ -201,27 +259,26 @@ void roll_strip(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
     return (cut ? total[i][c] : V::zero()) + group;
   };
   const V bias = V::broadcast(phase.bias);
-  const E* row = tile.source + phase.lists.runs[0].source + tile.first * tile.source_step;
+  const E* row = tile.source + phase.tap_rows[0] + tile.first * tile.source_step;
   const T* ahead = tile.ahead;
   T* out = tile.out + (tile.first - kernel + 1) * tile.out_step;
   for (int64_t u = tile.first;; u += kernel)
 #pragma GCC unroll 8
     for (int s = 0; s < kernel; ++s) {
       if (u + s < tile.end) {
-        prefetch(ahead);
-        if (vecs * sizeof(V) > 64) prefetch(ahead + 64 / sizeof(T));
-        ahead += tile.ahead_step;
-        const E* from = row;
 #pragma GCC unroll 8
-        for (int kw = 0; kw < kernel; ++kw, from += phase.w_step) {
+        for (int line = 0; line < vecs * V::lanes * int{sizeof(T)}; line += 64)
+          prefetch(ahead + line / sizeof(T));
+        ahead += tile.ahead_step;
+        const PlaneRow<V, kernel, vecs, step, E> source(row, phase.part, tile.last);
+        with_constants<kernel>([&](auto kw) __attribute__((always_inline)) {
           V x[vecs];
 #pragma GCC unroll 8
-          for (int c = 0; c < vecs; ++c)
-            x[c] = V::load(from + (c + 1 < vecs ? c * V::lanes : tile.last));
+          for (int c = 0; c < vecs; ++c) x[c] = source.template read<kw.value>(c);
 #pragma GCC unroll 8
           for (int kh = 0; kh < kernel; ++kh) {
             constexpr int length = group_length<T>;
-            const int i = (s - kh + kernel) % kernel, number = kh * kernel + kw;
+            const int i = (s - kh + kernel) % kernel, number = kh * kernel + kw.value;
             const V tap = V::broadcast(phase.weights[number]);
 #pragma GCC unroll 8
             for (int c = 0; c < vecs; ++c) {
@@ -230,14 +287,14 @@ void roll_strip(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
               chain = fma(x[c], tap, chain);
             }
           }
-        }
+        });
         row += tile.source_step;
       }
       const int64_t done = u + s - kernel + 1;
       const int i = (s + 1) % kernel;
 #pragma GCC unroll 8
       for (int c = 0; c < vecs; ++c) {
-        const V result = canonical(fold(i, c) + bias);
+        const V result = result_of<T>(fold(i, c) + bias);
         if (cut) total[i][c] = V::zero();
         if (done < 0) continue;
         prefetch(out + tile.next_out + c * V::lanes);
@@ -248,76 +305,154 @@ void roll_strip(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
     }
 }
 
+// Any kernel whose taps and pixels are neighbours along w, in one row: up to a vector of taps after
+// the other, from the same vectors.
+template <class T, int step, int vecs>
+void sweep_tile(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
+  using E = Total<T>;
+  using V = Vec<E>;
+  constexpr int chains = chains_of<T>, L = V::lanes;
+  constexpr int64_t G = group_length<T>;
+  const int64_t numbers = phase.tap_row_count * phase.row_taps;
+  V acc[vecs][chains], total[1][vecs];
+#pragma GCC unroll 8
+  for (int c = 0; c < vecs; ++c) {
+    total[0][c] = V::zero();
+#pragma GCC unroll 2
+    for (int q = 0; q < chains; ++q) acc[c][q] = V::zero();
+  }
+  int64_t number = 0;
+  for (int64_t r = 0; r < phase.tap_row_count; ++r)
+    for (int64_t k = 0, length; k < phase.row_taps; k += length) {
+      length = least(least(phase.row_taps - k, L), G - number % G);
+      const E* const from =
+          tile.source + phase.tap_rows[r] + (step < 0 ? phase.row_taps - L - k : k);
+      const E* const w = phase.weights + number;
+      V whole[vecs + 1];
+#pragma GCC unroll 9
+      for (int c = 0; c <= vecs; ++c) whole[c] = V::load(from + c * L);
+      with_constants<L>([&](auto constant) __attribute__((always_inline)) {
+        constexpr int tap = constant.value, shift = step < 0 ? L - 1 - tap : tap;
+        if (tap >= length) return;
+        const V weight = V::broadcast(w[tap]);
+#pragma GCC unroll 8
+        for (int c = 0; c < vecs; ++c) {
+          V& chain = acc[c][tap % chains];
+          // In turns: either way alone is slower than the multiply-adds.
+          const V x = c % 2 == 0 ? V::template window<shift>(whole[c], whole[c + 1])
+                                 : V::load(from + c * L + shift);
+          chain = fma(x, weight, chain);
+        }
+      });
+      number += length;
+      if (chains == 2 && length % 2 != 0)  // the next term has an odd number, or again an even one
+#pragma GCC unroll 8
+        for (int c = 0; c < vecs; ++c) std::swap(acc[c][0], acc[c][chains - 1]);
+      if (number % G == 0 || number == numbers)
+#pragma GCC unroll 8
+        for (int c = 0; c < vecs; ++c) {
+          V group = acc[c][0];
+          if constexpr (chains == 2) group = group + acc[c][1];
+          total[0][c] = total[0][c] + group;
+#pragma GCC unroll 2
+          for (int q = 0; q < chains; ++q) acc[c][q] = V::zero();
+        }
+    }
+  store_plane_tile<T, 1, vecs>(total, phase, tile);
+}
+
 // What is made of the rows and columns of a phase.
-enum class PlaneWay { list, pairs, slide, roll };
+enum class PlaneWay { list, pairs, sweep, slide, roll };
 
 constexpr int tile_rows[] = {1, 2, 4, 5, 7};
 
 constexpr bool tile_fits(int rows, int vecs, int registers) {
   return rows * vecs <= (registers == 32 ? 24 : 12);
 }
+// A sliding tile has its chains, the vectors of a row and its taps in registers.
+template <class T>
+constexpr bool slide_fits(int rows, int vecs) {
+  return tile_fits(rows * chains_of<T>, vecs, Vec<Total<T>>::registers) &&
+         (!joins_windows<Vec<Total<T>>> || rows * chains_of<T> * vecs <= 16);
+}
 template <class T>
 constexpr int widest_strip(int kernel) {
-  const int fit = (Vec<Total<T>>::registers - 3) / (kernel * chains_of<T>);
+  const int sums = chains_of<T> + (kernel * kernel > group_length<T>);
+  const int fit = (Vec<Total<T>>::registers - 3) / (kernel * sums);
   return fit < 1 ? 1 : fit < 3 ? fit : 3;
 }
 
-template <class T, PlaneWay way, int kernel, int rows, int vecs>
+template <class T, PlaneWay way, int kernel, int step, int rows, int vecs>
 constexpr PlaneTileFunction<T> plane_tile() {
+  constexpr int registers = Vec<Total<T>>::registers;
   if constexpr (way == PlaneWay::roll) {
-    if constexpr (vecs <= widest_strip<T>(kernel)) return roll_strip<T, kernel, vecs>;
+    if constexpr (vecs <= widest_strip<T>(kernel)) return roll_strip<T, kernel, step, vecs>;
+  } else if constexpr (way == PlaneWay::sweep) {
+    if constexpr (rows == 1) return sweep_tile<T, step, vecs>;
+  } else if constexpr (way == PlaneWay::slide) {
+    if constexpr (slide_fits<T>(rows, vecs)) return slide_tile<T, kernel, step, rows, vecs>;
   } else if constexpr (way == PlaneWay::pairs) {
-    if constexpr (tile_fits(2 * rows, vecs, Vec<Total<T>>::registers))
-      return list_tile<T, 2, rows, vecs>;
-  } else if constexpr (tile_fits(rows, vecs, Vec<Total<T>>::registers)) {
-    if constexpr (way == PlaneWay::list) return list_tile<T, 1, rows, vecs>;
-    if constexpr (way == PlaneWay::slide) return slide_tile<T, kernel, rows, vecs>;
+    if constexpr (tile_fits(2 * rows, vecs, registers)) return list_tile<T, 2, rows, vecs>;
+  } else {
+    if constexpr (tile_fits(rows, vecs, registers)) return list_tile<T, 1, rows, vecs>;
   }
   return nullptr;
 }
 
-template <class T, PlaneWay way, int kernel, int rows>
+template <class T, PlaneWay way, int kernel, int step, int rows>
 PlaneTileFunction<T> plane_tile(int64_t vecs) {
   switch (vecs) {
-    case 1: return plane_tile<T, way, kernel, rows, 1>();
-    case 2: return plane_tile<T, way, kernel, rows, 2>();
-    case 3: return plane_tile<T, way, kernel, rows, 3>();
+    case 1: return plane_tile<T, way, kernel, step, rows, 1>();
+    case 2: return plane_tile<T, way, kernel, step, rows, 2>();
+    case 3: return plane_tile<T, way, kernel, step, rows, 3>();
   }
-  if constexpr (way == PlaneWay::list && rows == 1) {
-    if (vecs == 6) return plane_tile<T, way, kernel, rows, 6>();
-    if (vecs == 8) return plane_tile<T, way, kernel, rows, 8>();
+  if constexpr (way == PlaneWay::sweep)
+    if (vecs == 4) return plane_tile<T, way, kernel, step, rows, 4>();
+  if constexpr ((way == PlaneWay::list || way == PlaneWay::sweep) && rows == 1) {
+    if (vecs == 6) return plane_tile<T, way, kernel, step, rows, 6>();
+    if (vecs == 8) return plane_tile<T, way, kernel, step, rows, 8>();
   }
   return nullptr;
 }
 
-template <class T, PlaneWay way, int kernel>
+template <class T, PlaneWay way, int kernel = 0, int step = 0>
 PlaneTileFunction<T> plane_tile(int64_t rows, int64_t vecs) {
-  if constexpr (way == PlaneWay::roll) {
-    return plane_tile<T, way, kernel, 1>(vecs);
+  if constexpr (way == PlaneWay::roll || way == PlaneWay::sweep) {
+    return plane_tile<T, way, kernel, step, 1>(vecs);
   } else {
     switch (rows) {
-      case 1: return plane_tile<T, way, kernel, 1>(vecs);
-      case 2: return plane_tile<T, way, kernel, 2>(vecs);
-      case 4: return plane_tile<T, way, kernel, 4>(vecs);
-      case 5: return plane_tile<T, way, kernel, 5>(vecs);
-      case 7: return plane_tile<T, way, kernel, 7>(vecs);
+      case 1: return plane_tile<T, way, kernel, step, 1>(vecs);
+      case 2: return plane_tile<T, way, kernel, step, 2>(vecs);
+      case 4: return plane_tile<T, way, kernel, step, 4>(vecs);
+      case 5: return plane_tile<T, way, kernel, step, 5>(vecs);
+      case 7: return plane_tile<T, way, kernel, step, 7>(vecs);
     }
     return nullptr;
   }
 }
 
+template <class T, int step>
+PlaneTileFunction<T> square_tile(PlaneWay way, int64_t kernel, int64_t rows, int64_t vecs) {
+  if constexpr (joins_windows<Vec<Total<T>>>)
+    if (way == PlaneWay::sweep)
+      return plane_tile < T, PlaneWay::sweep, 0, step<0 ? -1 : 1>(rows, vecs);
+  if constexpr (step != 2)
+    if (way == PlaneWay::roll)
+      return kernel == 3   ? plane_tile<T, PlaneWay::roll, 3, step>(rows, vecs)
+             : kernel == 5 ? plane_tile<T, PlaneWay::roll, 5, step>(rows, vecs)
+                           : plane_tile<T, PlaneWay::roll, 7, step>(rows, vecs);
+  return kernel == 3 ? plane_tile<T, PlaneWay::slide, 3, step>(rows, vecs)
+                     : plane_tile<T, PlaneWay::slide, 5, step>(rows, vecs);
+}
+
 template <class T>
-PlaneTileFunction<T> plane_tile(PlaneWay way, int64_t kernel, int64_t rows, int64_t vecs) {
-  if (way == PlaneWay::roll)
-    return kernel == 3   ? plane_tile<T, PlaneWay::roll, 3>(rows, vecs)
-           : kernel == 5 ? plane_tile<T, PlaneWay::roll, 5>(rows, vecs)
-                         : plane_tile<T, PlaneWay::roll, 7>(rows, vecs);
-  if constexpr (chains_of<T> == 1)
-    if (way == PlaneWay::slide)
-      return kernel == 3 ? plane_tile<T, PlaneWay::slide, 3>(rows, vecs)
-                         : plane_tile<T, PlaneWay::slide, 5>(rows, vecs);
-  if (way == PlaneWay::pairs) return plane_tile<T, PlaneWay::pairs, 0>(rows, vecs);
-  return plane_tile<T, PlaneWay::list, 0>(rows, vecs);
+PlaneTileFunction<T> plane_tile(PlaneWay way, int64_t kernel, int64_t step, int64_t rows,
+                                int64_t vecs) {
+  if (way == PlaneWay::pairs) return plane_tile<T, PlaneWay::pairs>(rows, vecs);
+  if (way == PlaneWay::list) return plane_tile<T, PlaneWay::list>(rows, vecs);
+  return step == 1    ? square_tile<T, 1>(way, kernel, rows, vecs)
+         : step == -1 ? square_tile<T, -1>(way, kernel, rows, vecs)
+                      : square_tile<T, 2>(way, kernel, rows, vecs);
 }
 
 // How `rows` x at most `columns` positions are covered.
@@ -327,41 +462,52 @@ struct PlaneTiling {
   int64_t rows = 0, columns = 0, tile_rows = 1, parts = 1;  // parts: phases in a tile
   PlaneTileFunction<T> function[9] = {};                    // by the number of vectors
 
-  // The next tile's vectors if `left` are left of a row.
+  // The next tile's vectors if `left` are left of a row; not all but one, which would then wait for
+  // its own chains.
   int64_t next(int64_t left) const {
-    if (function[8]) return left >= 8 ? 8 : left >= 6 ? 6 : left >= 3 ? 3 : left;
-    if (!function[2]) return 1;
-    if (!function[3]) return left >= 2 ? 2 : 1;
-    return left == 4 ? 2 : left >= 3 ? 3 : left;
+    int64_t some = least(left, 8);
+    while (function[some] == nullptr) --some;
+    if (left == some + 1)
+      for (int64_t fewer = some - 1; fewer > 1; --fewer)
+        if (function[fewer]) return fewer;
+    return some;
   }
 
   PlaneTiling() = default;
-  PlaneTiling(int64_t rows, int64_t columns, PlaneWay way, int64_t kernel)
+  PlaneTiling(int64_t rows, int64_t columns, PlaneWay way, int64_t kernel, int64_t step)
       : rows(rows), columns(columns), parts(way == PlaneWay::pairs ? 2 : 1) {
-    const int widest = static_cast<int>(least((columns + L - 1) / L, 3));
+    const int64_t row_vecs = (columns + L - 1) / L;
+    const int widest =
+        static_cast<int>(way == PlaneWay::slide && row_vecs == 4 ? 2 : least(row_vecs, 3));
     // Chains wait for each other where few are under way.
-    if (way == PlaneWay::roll && kernel * widest * chains_of<T> < 5) way = PlaneWay::list;
+    if (way == PlaneWay::roll && kernel * widest * chains_of<T> < 5) way = PlaneWay::slide;
     int64_t best = INT64_MAX;
     for (const int some : TNC_ISA::tile_rows) {  // the loads of a tile grow slower than its rows
       const int64_t cost = (rows + some - 1) / some * (some + 1);
-      if (some > rows || cost > best ||
-          !tile_fits(static_cast<int>(some * parts), widest, Vec<Total<T>>::registers))
-        continue;
+      const bool fits = way == PlaneWay::slide ? slide_fits<T>(some, widest)
+                                               : tile_fits(static_cast<int>(some * parts), widest,
+                                                           Vec<Total<T>>::registers);
+      if (some > rows || cost > best || !fits) continue;
       best = cost;
       tile_rows = some;
     }
     if (way == PlaneWay::roll) tile_rows = rows;
+    if (way == PlaneWay::sweep) tile_rows = 1;
     for (int64_t vecs = 1; vecs <= 8; ++vecs)
-      function[vecs] = plane_tile<T>(way, kernel, tile_rows, vecs);
+      function[vecs] = plane_tile<T>(way, kernel, step, tile_rows, vecs);
   }
 
   // One row of tiles. `tile` has everything but `last` and `lanes`, at the row's first column.
   TNC_INLINE void run(const PlanePhase<T>& phase, int64_t columns, PlaneTile<T> tile) const {
     const int64_t vecs = (columns + L - 1) / L;
-    tile.lanes = static_cast<int>(least(columns, L));
     for (int64_t v = 0; v < vecs;) {
       const int64_t some = next(vecs - v);
-      tile.last = v + some < vecs ? (some - 1) * L : most(columns - L, 0) - v * L;
+      tile.last = (some - 1) * L;
+      tile.lanes = static_cast<int>(least(columns - v * L - tile.last, L));
+      if (!joins_windows<Vec<Total<T>>> && tile.lanes < L && columns >= L) {
+        tile.last = columns - L - v * L;
+        tile.lanes = L;
+      }
       function[some](phase, tile);
       v += some;
       tile.source += some * L;
@@ -395,27 +541,29 @@ void split_rows(const T* from, int64_t from_pitch, int64_t rows, int64_t begin, 
   using V = Vec<Total<T>>;
   constexpr int L = V::lanes;
   if (step == 1) return widen_rows(from, from_pitch, rows, end - begin, to + begin, to_pitch);
-  const int64_t first = begin + begin % 2, pairs = step == 2 ? (end - first) / 2 : 0;
-  const T* const pair = from + (first - begin);
-  for (int64_t row = 0; row < rows; ++row, to += to_pitch) {
-    const int64_t skip = row * from_pitch;
-    const auto move = [&](int64_t i) __attribute__((always_inline)) {
+  const int64_t n = end - begin;
+  for (; rows > 0; --rows, from += from_pitch, to += to_pitch) {
+    const auto put = [&](int64_t p, V a, V b) __attribute__((always_inline)) {
       V even, odd;
-      V::split(V::load(pair + skip + 2 * i), V::load(pair + skip + 2 * i + L), even, odd);
-      even.store(to + first / 2 + i);
-      odd.store(to + part + first / 2 + i);
+      V::split(a, b, even, odd);
+      if (p % 2 != 0) std::swap(even, odd);
+      even.store(to + (p + 1) / 2);
+      odd.store(to + part + p / 2);
     };
-    const auto one = [&](int64_t p) __attribute__((always_inline)) {
-      to[p % step * part + p / step] = widened(from[skip + p - begin]);
-    };
-    int64_t p = begin;
-    if (pairs >= L) {
-      if (begin < first) one(begin);
-      for (int64_t i = 0; i < pairs - L; i += L) move(i);
-      move(pairs - L);
-      p = first + 2 * pairs;
+    if (step > 2) {
+      for (int64_t p = begin; p < end; ++p)
+        to[p % step * part + p / step] = widened(from[p - begin]);
+    } else if (n >= 2 * L) {
+      const auto move = [&](int64_t i) __attribute__((always_inline)) {
+        put(begin + i, V::load(from + i), V::load(from + i + L));
+      };
+      for (int64_t i = 0; i < n - 2 * L; i += 2 * L) move(i);
+      move(n - 2 * L);
+    } else if (n > L) {  // the zeros behind a row fall on padding or on what is written next
+      put(begin, V::load(from), V::load(from + L, static_cast<int>(n - L)));
+    } else {
+      put(begin, V::load(from, static_cast<int>(n)), V::zero());
     }
-    for (; p < end; ++p) one(p);
   }
 }
 
@@ -463,13 +611,15 @@ bool map_planes(const ConvProblem& p) {
   if (phase_count > 4096 || numbers > 1 << 16 ||
       !choose_chunks(axis, sizeof(E), planes_bytes, INT64_MAX, false, chunks, panel))
     return false;
-  const int64_t part = (panel.extent[2] + step_w - 1) / step_w;  // of a row, of one remainder
+  int64_t part = (panel.extent[2] + step_w - 1) / step_w;  // of a row, of one remainder
+  if constexpr (joins_windows<Vec<E>>) part = up(part, L) * L;
   panel.extent[2] = part * step_w;
 
   Arena& plan = plan_arena();
   plan.reset(Arena::bytes_for<E>(channels * numbers) +
-             TermLists::bytes_for<T>(numbers, phase_count));
+             TermLists::bytes_for<T>(numbers, phase_count) + Arena::bytes_for<int32_t>(numbers));
   E* const weights = plan.take<E>(channels * numbers);
+  int32_t* const tap_rows = plan.take<int32_t>(numbers);
   TermLists lists = TermLists::take<T>(plan, numbers, phase_count);
   const bool finite = pack_weights<T>(p, channels, group, planes, 1, false, weights);
   if (transposed && !finite) return false;
@@ -483,41 +633,55 @@ bool map_planes(const ConvProblem& p) {
       },
       lists);
   const int64_t kernel = axis[1].kernel;
-  bool plain = kernel == axis[2].kernel && (kernel == 3 || kernel == 5 || kernel == 7);
-  for (int a = 0; a < 3; ++a) plain = plain && s.axis[a].stride == 1 && s.axis[a].dilation == 1;
+  const int64_t stride = s.axis[2].stride, tap_row_count = numbers / axis[2].kernel;
+  for (int64_t r = 0; r < tap_row_count; ++r) {
+    const int64_t kd = r / kernel % axis[0].kernel, kh = r % kernel;
+    tap_rows[r] = static_cast<int32_t>(r / kernel / axis[0].kernel * panel.plane_pitch() +
+                                       axis[0].shift(0, kd) * panel.slice_pitch() +
+                                       axis[1].shift(0, kh) * panel.row_pitch() +
+                                       (step_w == 1 ? nearest : 0));
+  }
+  bool plain = kernel == axis[2].kernel && (kernel == 3 || kernel == 5 || kernel == 7) &&
+               stride <= (transposed ? 1 : 2);
+  for (int a = 0; a < 3; ++a)
+    plain = plain && s.axis[a].stride == (a > 0 ? stride : 1) && s.axis[a].dilation == 1;
   const bool pairs = period_w == 2 && chunks.count[2] == 1 && axis[2].written % 2 == 0;
-  const PlaneWay way = pairs                        ? PlaneWay::pairs
-                       : !plain                     ? PlaneWay::list
-                       : numbers == kernel * kernel ? PlaneWay::roll
-                       : kernel < 7 && numbers <= group_length<T> && chains_of<T> == 1
-                           ? PlaneWay::slide
-                           : PlaneWay::list;
+  const bool neighbours = joins_windows<Vec<E>> && phase_count == 1 && step_w == 1 &&
+                          axis[2].dilation == 1 && axis[2].kernel > 4;
+  PlaneWay way = neighbours ? PlaneWay::sweep : PlaneWay::list;
+  if (pairs)
+    way = PlaneWay::pairs;
+  else if (plain && stride == 1 && numbers == kernel * kernel)
+    way = PlaneWay::roll;
+  else if (plain && kernel < 7 && numbers <= group_length<T>)
+    way = PlaneWay::slide;
   const bool upwards = transposed && (way == PlaneWay::slide ||
                                       way == PlaneWay::roll);  // the order in which taps read rows
 
   const auto work = [&](int64_t begin, int64_t end) {
     const int64_t staged_pitch = chunks.size[2] / period_w + 1 + L;
-    Arena& arena = task_arena();
-    arena.reset(Arena::bytes_for<E>(panel.size() + L) +
+    Arena& arena = task_arena();  // before and behind the panel L elements that may be read
+    arena.reset(Arena::bytes_for<E>(panel.size() + 2 * L) +
                 Arena::bytes_for<T>(period_w * 7 * staged_pitch));
-    E* const values = arena.take<E>(panel.size() + L);
+    E* const values = arena.take<E>(panel.size() + 2 * L) + L;
     T* const staged = arena.take<T>(period_w * 7 * staged_pitch);
-    PlanePhase<T> phase{lists, 0, 0, nullptr, E(0), planes * axis[0].kernel, axis[2].sign};
+    PlanePhase<T> phase{lists, 0, 0, nullptr, E(0), tap_rows, tap_row_count, axis[2].kernel, part};
     PlaneTiling<T> tiling;
+    int64_t number = begin % chunks.total(), g = begin / chunks.total() % s.groups;
+    int64_t n = begin / chunks.total() / s.groups;
     int64_t cleared_for = -1;
+    Chunk chunk;
+    int64_t first[3], from[3], to[3];  // what a panel holds, and what of that lies in the tensor
     for (int64_t piece = begin; piece < end; ++piece) {
-      const int64_t number = piece % chunks.total(), g = piece / chunks.total() % s.groups;
-      const int64_t n = piece / chunks.total() / s.groups;
-      const Chunk chunk = chunks.chunk(number);
       if (number != cleared_for) {  // the padding stays clear from one plane to the next
-        std::memset(values, 0, (panel.size() + L) * sizeof(E));
+        std::memset(values - L, 0, (panel.size() + 2 * L) * sizeof(E));
         cleared_for = number;
-      }
-      int64_t first[3], from[3], to[3];  // what a panel holds, and what of that lies in the tensor
-      for (int a = 0; a < 3; ++a) {
-        first[a] = axis[a].first_source(chunk.begin[a]);
-        from[a] = most(first[a], 0);
-        to[a] = least(first[a] + axis[a].source_extent(chunk.size[a]), axis[a].source);
+        chunk = chunks.chunk(number);
+        for (int a = 0; a < 3; ++a) {
+          first[a] = axis[a].first_source(chunk.begin[a]);
+          from[a] = most(first[a], 0);
+          to[a] = least(first[a] + axis[a].source_extent(chunk.size[a]), axis[a].source);
+        }
       }
       const T* const plane = static_cast<const T*>(source.data) + n * source.stride[0] +
                              g * planes * source.stride[1] + from[2];
@@ -557,7 +721,7 @@ bool map_planes(const ConvProblem& p) {
             const int64_t columns =
                 (chunk.size[2] + period_w - 1) / period_w;  // of a phase, or 1 more
             if (tiling.rows != rows || tiling.columns != columns)
-              tiling = PlaneTiling<T>(rows, columns, way, kernel);
+              tiling = PlaneTiling<T>(rows, columns, way, kernel, transposed ? -1 : stride);
             const int64_t some = tiling.tile_rows;
             for (int64_t next = 0; next < rows; next += some) {
               const int64_t row = least(next, rows - some);  // the last may overlap the one before
@@ -576,7 +740,10 @@ bool map_planes(const ConvProblem& p) {
                     slice +
                     (axis[1].base(at_h) + lead * axis[1].step - first[1]) * panel.row_pitch() +
                     (step_w == 1 ? axis[2].base(at_w) - first[2] : 0);
-                tile.source_step = (upwards ? -1 : axis[1].step) * panel.row_pitch();
+                tile.source_step = (upwards                  ? -1
+                                    : way == PlaneWay::slide ? 1
+                                                             : axis[1].step) *
+                                   panel.row_pitch();
                 if (period_w == 1 || pairs) {
                   tile.out = result + (at_h + lead * period_h) * written.stride[3];
                   tile.out_step = (upwards ? -1 : period_h) * written.stride[3];
@@ -599,6 +766,8 @@ bool map_planes(const ConvProblem& p) {
             }
           }
       }
+      if (++number == chunks.total()) number = 0, ++g;
+      if (g == s.groups) g = 0, ++n;
     }
   };
   const int64_t products = chunks.size[0] * chunks.size[1] * chunks.size[2] * group * numbers;

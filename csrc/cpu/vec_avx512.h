@@ -72,6 +72,12 @@ struct Vec<float> {
   TNC_INLINE Vec permute(const int32_t* lane) const {
     return {_mm512_permutexvar_ps(_mm512_loadu_si512(lane), v)};
   }
+  template <int n>
+  static TNC_INLINE Vec window(Vec a, Vec b) {
+    if constexpr (n == 0) return a;
+    return {_mm512_castsi512_ps(
+        _mm512_alignr_epi32(_mm512_castps_si512(b.v), _mm512_castps_si512(a.v), n))};
+  }
   static TNC_INLINE void split(Vec a, Vec b, Vec& even, Vec& odd) {
     const __m512i e = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     even.v = _mm512_permutex2var_ps(a.v, e, b.v);
@@ -166,6 +172,12 @@ struct Vec<double> {
   TNC_INLINE Vec permute(const int32_t* lane) const {
     const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lane));
     return {_mm512_permutexvar_pd(_mm512_cvtepi32_epi64(narrow), v)};
+  }
+  template <int n>
+  static TNC_INLINE Vec window(Vec a, Vec b) {
+    if constexpr (n == 0) return a;
+    return {_mm512_castsi512_pd(
+        _mm512_alignr_epi64(_mm512_castpd_si512(b.v), _mm512_castpd_si512(a.v), n))};
   }
   static TNC_INLINE void split(Vec a, Vec b, Vec& even, Vec& odd) {
     const __m512i e = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);

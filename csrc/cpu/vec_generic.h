@@ -10,6 +10,7 @@
 //   Mask                   greater, is_nan, first(n), select(mask, yes, no), either, any
 //   canonical              every NaN becomes the canonical one
 //   permute(lane)          result[i] = this[lane[i]]
+//   window<n>(a, b)        the lanes from n on of a and then b (AVX-512 only)
 //   transpose(r)           lanes x lanes
 //   pairs(even, odd)       lane i holds the 16 bits even[i] and, above them, odd[i] (on x86 only:
 //                          an operand of its matrix unit)
