@@ -95,8 +95,11 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
   const int64_t work = s.batch * pixels * taps * s.group_in() * s.out_channels;
   int64_t lane_blocks = up(lane_vecs * L, 256);
   if (work > work_of_task && s.groups < threads)
-    lane_blocks = most(lane_blocks,
-                       least(up(threads, s.groups), up(lane_vecs, TileSize<T, K::chains>::vecs)));
+    // Few channels would share badly: then vectors of lanes are shared one by one.
+    lane_blocks = most(lane_blocks, least(up(threads, s.groups),
+                                          s.group_in() < 4 * threads
+                                              ? lane_vecs
+                                              : up(lane_vecs, TileSize<T, K::chains>::vecs)));
   const int64_t block_vecs = up(lane_vecs, lane_blocks);
   int64_t block_channels = total_bytes / (int64_t{sizeof(T)} * block_vecs * L * taps);
   if (patched) {
