@@ -107,8 +107,8 @@ void copy_patch(T* patch, const PatchLayout& layout, const S* image, int64_t ima
         T* const to = patch + i * layout.axis[0] + j * layout.axis[1];
         const bool inside = d >= 0 && d < image_size[0] && h >= 0 && h < image_size[1];
         const int64_t first = inside ? w0 : width, last = inside ? w1 : width;
-        const S* const from = image + d * image_axis[0] + h * image_axis[1] +
-                              box.from[2] * image_axis[2] + w0 * step;
+        const S* const from =
+            image + d * image_axis[0] + h * image_axis[1] + box.from[2] * image_axis[2] + w0 * step;
         zero_run(to, first * pitch);
         if (pitch == channels && step == channels) {
           copy_run(to + first * pitch, from, 1, (last - first) * channels);
