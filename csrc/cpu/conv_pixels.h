@@ -458,10 +458,12 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
   }
 
   // Does a row point into the image or into a patch? In place, the terms of a row should lie side
-  // by side: a patch is compact. Vectors of pixels that only a few filters read are not worth a
-  // copy.
+  // by side: a patch is compact. Whole vectors of pixels that only a few filters read are not worth
+  // a copy.
+  const bool few_filters =
+      call.lanes <= 4 && call.image_stride[4] == 1 && reach[2].count >= part[3] * L;
   bool patched = is_half_type<S> || phases > 1 || all_taps > 1 || reach[2].step > 1 ||
-                 (wide ? call.lanes > 4 || call.image_stride[4] != 1 : call.image_stride[1] != 1);
+                 (wide ? !few_filters : call.image_stride[1] != 1);
   int64_t extent = call.image_channels * std::llabs(call.image_stride[1]);
   for (int a = 0; a < 3; ++a) {
     patched = patched || reach[a].padding;

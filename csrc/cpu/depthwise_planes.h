@@ -435,7 +435,7 @@ template <class T, int step>
 PlaneTileFunction<T> square_tile(PlaneWay way, int64_t kernel, int64_t rows, int64_t vecs) {
   if constexpr (joins_windows<Vec<Total<T>>>)
     if (way == PlaneWay::sweep)
-      return plane_tile < T, PlaneWay::sweep, 0, step<0 ? -1 : 1>(rows, vecs);
+      return plane_tile<T, PlaneWay::sweep, 0, (step < 0 ? -1 : 1)>(rows, vecs);
   if constexpr (step != 2)
     if (way == PlaneWay::roll)
       return kernel == 3   ? plane_tile<T, PlaneWay::roll, 3, step>(rows, vecs)
@@ -660,10 +660,11 @@ bool map_planes(const ConvProblem& p) {
 
   const auto work = [&](int64_t begin, int64_t end) {
     const int64_t staged_pitch = chunks.size[2] / period_w + 1 + L;
-    Arena& arena = task_arena();  // before and behind the panel L elements that may be read
-    arena.reset(Arena::bytes_for<E>(panel.size() + 2 * L) +
-                Arena::bytes_for<T>(period_w * 7 * staged_pitch));
-    E* const values = arena.take<E>(panel.size() + 2 * L) + L;
+    // Before the panel L elements may be read that are not used, and 2 * L behind it.
+    const int64_t panel_size = panel.size() + 3 * L;
+    Arena& arena = task_arena();
+    arena.reset(Arena::bytes_for<E>(panel_size) + Arena::bytes_for<T>(period_w * 7 * staged_pitch));
+    E* const values = arena.take<E>(panel_size) + L;
     T* const staged = arena.take<T>(period_w * 7 * staged_pitch);
     PlanePhase<T> phase{lists, 0, 0, nullptr, E(0), tap_rows, tap_row_count, axis[2].kernel, part};
     PlaneTiling<T> tiling;
@@ -674,7 +675,7 @@ bool map_planes(const ConvProblem& p) {
     int64_t first[3], from[3], to[3];  // what a panel holds, and what of that lies in the tensor
     for (int64_t piece = begin; piece < end; ++piece) {
       if (number != cleared_for) {  // the padding stays clear from one plane to the next
-        std::memset(values - L, 0, (panel.size() + 2 * L) * sizeof(E));
+        std::memset(values - L, 0, panel_size * sizeof(E));
         cleared_for = number;
         chunk = chunks.chunk(number);
         for (int a = 0; a < 3; ++a) {

@@ -835,8 +835,8 @@ class Scatter {
                      const Buffers& b) const {
     const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
     const int64_t oh = ih / h.stride;
-    if (!disjoint_ || t.lanes < lanes<L> || t.od_end - t.od != 1 || ih % h.stride != 0 ||
-        oh >= h.out || ih + h.stride > t.end)
+    if (!disjoint_ || w.out * w.stride > w.in || t.lanes < lanes<L> || t.od_end - t.od != 1 ||
+        ih % h.stride != 0 || oh >= h.out || ih + h.stride > t.end)
       return false;
     const int64_t pitch = p_.input.stride[3], pixel = p_.input.stride[4];
     const L* const grad = pixels.grad + (oh - t.oh) * p_.output.stride[3];
