@@ -15,8 +15,10 @@ constexpr FloatEnvironment::Mode environment_of =
     is_half_type<T> ? FloatEnvironment::flush : FloatEnvironment::gradual;
 
 // Are neighbouring vectors joined faster than a vector that crosses lines is loaded?
+template <class V, class = void>
+constexpr bool joins_windows = false;
 template <class V>
-constexpr bool joins_windows = requires(V a) { V::template window<1>(a, a); };
+constexpr bool joins_windows<V, decltype(void(V::template window<1>(V{}, V{})))> = true;
 
 // A result that is stored as T: narrowing makes every NaN canonical anyway.
 template <class T, class V>

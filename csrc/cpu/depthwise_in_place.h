@@ -274,7 +274,8 @@ bool map_in_place(const ConvProblem& p) {
   const int cut = plan.numbers > group_length<T> ? group_length<T> % kernel : 0;
   if (phases && cut != 0 && kernel != 7) return false;
   int runs = 0;
-  for (const int end : {kernel, cut}) {
+  const int ends[] = {kernel, cut};
+  for (const int end : ends) {
     for (int k = 0; k < kernel;) {
       const int left = (k < end ? end : kernel) - k;
       int length = left <= 5 || (left == 7 && Vec<E>::registers == 32) ? left
