@@ -58,6 +58,59 @@ struct Bands {
   }
 };
 
+// Lists the pixels [first, last) as terms, group after group: where the window of each begins in
+// the image or the patch, and in `lane_offset` where it lies in the gradient. Two chains take
+// turns.
+template <int Chains, int64_t Group>
+void list_pixels(const ConvShape& s, const Bands& bands, int64_t first, int64_t last,
+                 const PatchLayout& layout, bool patched, bool skip_padding,
+                 const int64_t* grad_stride, Term* term, int32_t* lane_offset, int64_t* terms_of) {
+  for (int64_t g = 0; g < up(last - first, Group); ++g) terms_of[g] = 0;
+  const Axis& row = s.axis[2];
+  for (int b = 0; b < bands.count; ++b) {
+    const Bands::Band& band = bands.band[b];
+    int64_t at[3], rest = band.first;
+    for (int a = 2; a >= 0; --a) at[a] = rest % s.axis[a].out, rest /= s.axis[a].out;
+    for (int64_t pixel = band.first; pixel < band.last;) {
+      // A run of pixels of one row and one group.
+      const int64_t g = (pixel - first) / Group, end = least(band.last, first + (g + 1) * Group);
+      const int64_t run = least(end - pixel, row.out - at[2]);
+      int64_t from = b * layout.elements, of = 0, skipped = 0, listed = run;
+      for (int a = 0; a < 3; ++a) {
+        const int64_t in = s.axis[a].input_of(at[a], 0);
+        from += (patched ? (at[a] - band.outputs.from[a]) * s.axis[a].stride : in) * layout.axis[a];
+        of += at[a] * grad_stride[a + 2];
+        if (skip_padding && a < 2 && !s.axis[a].holds_input(in)) listed = 0;
+      }
+      if (skip_padding) {
+        const auto outside = [&](int64_t i) {
+          return !row.holds_input(row.input_of(at[2] + i, 0));
+        };
+        while (skipped < listed && outside(skipped)) ++skipped;
+        while (listed > skipped && outside(listed - 1)) --listed;
+      }
+      const auto step = static_cast<int32_t>(row.stride * layout.axis[2]);
+      const auto grad_step = static_cast<int32_t>(grad_stride[4]);
+      const int64_t odd = up(least(last - first - g * Group, Group), 2);
+      Term* const to = term + g * Group;
+      int32_t* const lane = lane_offset + g * Group;
+      auto number = static_cast<int32_t>(terms_of[g]);
+      auto in_place = static_cast<int32_t>(from + skipped * step);
+      auto offset = static_cast<int32_t>(of + skipped * grad_step);
+      for (int64_t i = skipped; i < listed; ++i, ++number) {
+        to[Chains == 1 ? number : number / 2 + number % 2 * odd] = {in_place, number};
+        lane[number] = offset;
+        in_place += step;
+        offset += grad_step;
+      }
+      terms_of[g] = number;
+      pixel += run;
+      at[2] += run;
+      for (int a = 2; a > 0 && at[a] == s.axis[a].out; --a) at[a] = 0, ++at[a - 1];
+    }
+  }
+}
+
 // Terms whose input lies in the padding are products with +0; `skip_padding` leaves them out, which
 // is exact if the gradient is finite and needs a shape of one tap.
 template <class S>
@@ -239,38 +292,12 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
                          w * s.axis[2].dilation * layout.axis[2];
               });
 
-              // The terms: pixels in order, in 16-bit groups the even ones first.
-              const bool known = first == known_first && last == known_last;
+              if (first != known_first || last != known_last)
+                list_pixels<K::chains, K::group>(s, bands, first, last, layout, patched,
+                                                 skip_padding, grad_stride, term, lane_offset,
+                                                 terms_of);
               known_first = first;
               known_last = last;
-              for (int64_t g = 0; g < chunk_groups && !known; ++g) terms_of[g] = 0;
-              for (int b = 0; b < bands.count && !known; ++b) {
-                const Bands::Band& band = bands.band[b];
-                int64_t at[3], rest = band.first;
-                for (int a = 2; a >= 0; --a) at[a] = rest % s.axis[a].out, rest /= s.axis[a].out;
-                for (int64_t pixel = band.first; pixel < band.last; ++pixel) {
-                  int64_t from = b * layout.elements, of = 0;
-                  bool inside = true;
-                  for (int a = 0; a < 3; ++a) {
-                    const int64_t in = s.axis[a].input_of(at[a], 0);
-                    from += (patched ? (at[a] - band.outputs.from[a]) * s.axis[a].stride : in) *
-                            layout.axis[a];
-                    of += at[a] * grad_stride[a + 2];
-                    inside = inside && s.axis[a].holds_input(in);
-                  }
-                  for (int a = 2; a >= 0 && ++at[a] == s.axis[a].out; --a) at[a] = 0;
-                  if (skip_padding && !inside) continue;
-                  const int64_t group_of = (pixel - first) / K::group;
-                  const int64_t number = terms_of[group_of]++;
-                  int64_t t = group_of * K::group + number;
-                  if (K::chains == 2) {
-                    const int64_t terms = least(K::group, last - first - group_of * K::group);
-                    t += number / 2 - number + (number % 2 ? up(terms, 2) : 0);
-                  }
-                  term[t] = {static_cast<int32_t>(from), static_cast<int32_t>(number)};
-                  lane_offset[group_of * K::group + number] = static_cast<int32_t>(of);
-                }
-              }
 
               T* total = totals;
               for (int64_t i = 0; i < block.tiles; ++i) {
