@@ -189,6 +189,22 @@ inline ConvProblem swapped(const ConvProblem& p) {
   return q;
 }
 
+// Joins the axes of a pointwise problem into one row, if both tensors lie that way.
+inline ConvProblem joined(const ConvProblem& p) {
+  ConvProblem q = p;
+  Axis(&axis)[3] = q.shape.axis;
+  for (int a = 1; a >= 0; --a) {
+    const int64_t out = axis[2].out;
+    if (axis[a].stride * axis[2].stride != 1 || axis[a].in != axis[a].out || axis[2].in != out ||
+        p.input.stride[a + 2] != out * p.input.stride[4] ||
+        p.output.stride[a + 2] != out * p.output.stride[4])
+      break;
+    axis[2].in = axis[2].out = axis[a].out * out;
+    axis[a].in = axis[a].out = 1;
+  }
+  return q;
+}
+
 // The share of the terms whose input is not padding.
 inline double share_of_terms_inside(const ConvShape& s) {
   double share = 1;
@@ -214,7 +230,7 @@ bool dense_grad_weight(const ConvProblem& p) {
       return vecs * 8 + (vecs == 1 ? 2 : vecs) * most(rows, 3);
     };
     const bool swap = cost(s.in_channels, s.out_channels) < cost(s.out_channels, s.in_channels);
-    return multiply_windows<S>(swap ? swapped(p) : p, false);
+    return multiply_windows<S>(joined(swap ? swapped(p) : p), false);
   }
   const int64_t size[5] = {s.batch, s.out_channels, s.axis[0].out, s.axis[1].out, s.axis[2].out};
   if (is_half_type<S> || s.group_in() < 16 || share_of_terms_inside(s) > 0.8 ||

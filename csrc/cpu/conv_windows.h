@@ -141,6 +141,8 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
   }
   patched = patched || (!skip_padding && image_reach > INT32_MAX);
   if (grad_reach > INT32_MAX || (!patched && image_reach > INT32_MAX)) return false;
+  // The chunks of one long row are alike: their terms are listed from the first pixel of each.
+  const bool alike = !patched && !skip_padding && s.axis[0].out * s.axis[1].out == 1;
 
   // Cut the gradient into blocks of input channels x lanes that fit the caches and feed all
   // threads. A block's patch must hold at least what one group reads.
@@ -264,7 +266,9 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
               }
 
               PatchLayout layout;
-              const S* const sample = image + n * image_stride[0];
+              const int64_t origin = alike ? first : 0;  // the pixel where offsets begin
+              const S* const sample =
+                  image + n * image_stride[0] + origin * s.axis[2].stride * image_stride[4];
               if (patched) {
                 layout = by_pixel ? PatchLayout::by_pixel(channels, bands.size)
                                   : PatchLayout::of(channels, bands.size);
@@ -285,24 +289,27 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
               }
 
               // The rows: one tap of one channel each.
-              const T* const origin = patched ? patch : reinterpret_cast<const T*>(sample);
+              const T* const corner = patched ? patch : reinterpret_cast<const T*>(sample);
               each_row([&](int64_t r, int64_t c, int64_t d, int64_t h, int64_t w) {
-                row[r] = origin + c * layout.channel + d * s.axis[0].dilation * layout.axis[0] +
+                row[r] = corner + c * layout.channel + d * s.axis[0].dilation * layout.axis[0] +
                          h * s.axis[1].dilation * layout.axis[1] +
                          w * s.axis[2].dilation * layout.axis[2];
               });
 
-              if (first != known_first || last != known_last)
-                list_pixels<K::chains, K::group>(s, bands, first, last, layout, patched,
-                                                 skip_padding, grad_stride, term, lane_offset,
-                                                 terms_of);
-              known_first = first;
-              known_last = last;
+              if (first - origin != known_first || last - origin != known_last) {
+                if (alike) bands = Bands(s, 0, last - origin, patch_limit);
+                list_pixels<K::chains, K::group>(s, bands, first - origin, last - origin, layout,
+                                                 patched, skip_padding, grad_stride, term,
+                                                 lane_offset, terms_of);
+              }
+              known_first = first - origin;
+              known_last = last - origin;
 
               T* total = totals;
               for (int64_t i = 0; i < block.tiles; ++i) {
                 const LaneTile tile = block.tile(i);
-                const S* const lanes = grad + n * grad_stride[0] + tile.first * grad_stride[1];
+                const S* const lanes = grad + n * grad_stride[0] + tile.first * grad_stride[1] +
+                                       origin * grad_stride[4];
                 for (int64_t t = 0; t < last - first; t += K::group) {
                   const int64_t terms = terms_of[t / K::group];
                   int32_t length[max_chains] = {static_cast<int32_t>(up(terms, K::chains)),

@@ -182,16 +182,22 @@ void multiply_rows(const T* const* row, int64_t rows, const Term* terms, const i
                    const T* panel, int vecs, T* total, bool resume,
                    const Finish<T>* finish = nullptr) {
   constexpr int step = TileSize<T, Chains>::rows;
-  const int64_t whole = rows / step * step;
   const T* const* const last = row + rows - 1;
-  tile_of<T, Chains>(step, vecs)(rows / step, row, terms, length, panel, total, resume, last,
-                                 finish);
-  if (whole == rows) return;
-  Finish<T> rest = finish ? *finish : Finish<T>{};
-  if (finish) rest.position += whole;
-  tile_of<T, Chains>(static_cast<int>(rows - whole), vecs)(1, row + whole, terms, length, panel,
-                                                           total + whole * vecs * Vec<T>::lanes,
-                                                           resume, last, finish ? &rest : nullptr);
+  Finish<T> here = finish ? *finish : Finish<T>{};
+  const auto multiply = [&](int64_t tiles, int64_t tile_rows) {
+    tile_of<T, Chains>(static_cast<int>(tile_rows), vecs)(tiles, row, terms, length, panel, total,
+                                                          resume, last, finish ? &here : nullptr);
+    row += tiles * tile_rows;
+    if (finish) here.position += tiles * tile_rows;
+    total += tiles * tile_rows * vecs * Vec<T>::lanes;
+  };
+  int64_t tiles = rows / step, rest = rows % step;
+  // A rest of so few chains would wait for itself: it and a whole tile become two halves.
+  const bool halves = tiles > 0 && rest > 0 && rest * vecs < 8;
+  if (halves) --tiles, rest += step;
+  multiply(tiles, step);
+  if (halves) multiply(1, up(rest, 2));
+  if (rest > 0) multiply(1, halves ? rest / 2 : rest);
 }
 
 // The wide tiles of `rows` rows that cover `vectors` vectors: use(tile, first vector, number of

@@ -67,7 +67,8 @@ TNC_INLINE void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); 
 // What belongs there is written later, or is slack.
 template <class T>
 TNC_INLINE void zero_run(T* dst, int64_t n) {
-  for (int64_t i = 0; i < n; i += Vec<T>::lanes) Vec<T>::zero().store(dst + i);
+  const auto zero = in_register(Vec<T>::zero());  // or the compiler calls memset for a few elements
+  for (int64_t i = 0; i < n; i += Vec<T>::lanes) zero.store(dst + i);
 }
 
 // dst[i] = src[i * stride]
@@ -119,9 +120,14 @@ void copy_transposed(T* to, int64_t to_channel, const S* from, int64_t from_pixe
     }
 }
 
-// How many of `limit` numbers, each `step` behind the one before, count up by one.
-template <class Integer>
+// How many of `limit` numbers, at most L, each `step` behind the one before, count up by one.
+template <int L = 16, class Integer>
 TNC_INLINE int run_length(const Integer* number, int64_t limit, int64_t step = 1) {
+  if (step == 1 && limit == L) {  // mostly all of them do: a few vectors tell
+    Integer difference = 0;
+    for (int i = 0; i < L; ++i) difference |= number[i] ^ (number[0] + i);
+    if (difference == 0) return L;
+  }
   int n = 1;
   while (n < limit && number[n * step] == number[(n - 1) * step] + 1) ++n;
   return n;
@@ -155,7 +161,7 @@ void pack_panel(T* panel, int vecs, int lanes, const S* src, int64_t lane_stride
     const S* const lane = src + j * lane_stride;
     for (int64_t first = 0; first < step; ++first)
       for (int64_t t = first; t < terms;) {
-        const int run = run_length(offset + t, least(up(terms - t, step), L), step);
+        const int run = run_length<L>(offset + t, least(up(terms - t, step), L), step);
         const S* const from = lane + offset[t];
         T* const to = panel + t * pitch + j;
         const int64_t apart = step * pitch;
@@ -223,7 +229,7 @@ bool store_rows(const T* total, int64_t rows, int vecs, int lanes, const T* bias
     const V b = V::load(bias + j);
     const int some = lanes - j < L ? lanes - j : L;
     for (int64_t r = 0; r < rows;) {
-      const int run = run_length(position + r, least(rows - r, L));  // side by side in memory
+      const int run = run_length<L>(position + r, least(rows - r, L));  // side by side in memory
       const T* const from = total + r * pitch + j;
       D* const to = dst + position[r] + j * lane_stride;
       r += run;
