@@ -65,12 +65,14 @@ struct Box {  // positions [from, to) on each axis; may reach outside the image
 // How a patch lies in memory: mostly channel after channel, whatever the image's memory format.
 struct PatchLayout {
   int64_t channel = 1, axis[3] = {0, 0, 0};
+  int64_t odd = 0;       // if rows lie in halves: where the odd elements of a row begin
   int64_t elements = 0;  // for one sample
 
-  static PatchLayout of(int64_t channels, const int64_t (&size)[3]) {
+  static PatchLayout of(int64_t channels, const int64_t (&size)[3], bool halves = false) {
     PatchLayout p;
     p.axis[2] = 1;
-    p.axis[1] = size[2];
+    p.odd = halves ? up(size[2], 2) + 15 : 0;  // with slack for the last vector
+    p.axis[1] = halves ? 2 * p.odd : size[2];
     p.axis[0] = p.axis[1] * size[1];
     // An odd number of cache lines apart, so that channels do not crowd one set of the cache, and
     // with slack for the last vector.
@@ -128,13 +130,22 @@ void copy_patch(T* patch, const PatchLayout& layout, const S* image, int64_t ima
         T* const to = patch + c * layout.channel + i * layout.axis[0] + j * layout.axis[1];
         const bool inside = d >= 0 && d < image_size[0] && h >= 0 && h < image_size[1] && w0 < w1;
         if (!inside) {
-          for (int64_t k = 0; k < at_once; ++k) zero_run(to + k * layout.channel, width);
+          for (int64_t k = 0; k < at_once; ++k)
+            zero_run(to + k * layout.channel, most(width, 2 * layout.odd));
           continue;
         }
         const S* const from = image + c * image_channel + d * image_axis[0] + h * image_axis[1] +
                               box.from[2] * image_axis[2] + w0 * step;
         if (w0 > 0)
           for (int64_t k = 0; k < at_once; ++k) zero_run(to + k * layout.channel, w0);
+        if (layout.odd > 0) {
+          zero_run(to + layout.odd, w0 / 2);
+          copy_halves(w0 % 2 ? to + layout.odd + w0 / 2 : to + w0 / 2,
+                      w0 % 2 ? to + up(w0, 2) : to + layout.odd + w0 / 2, from, w1 - w0);
+          zero_run(to + up(w1, 2), up(width, 2) - up(w1, 2));
+          zero_run(to + layout.odd + w1 / 2, width / 2 - w1 / 2);
+          continue;
+        }
         if (transposed) {
           copy_transposed(to + w0, layout.channel, from, step, channels, w1 - w0);
         } else {

@@ -176,7 +176,7 @@ bool has_vectors_of_pixels(const Images<S>& call, const GridAxis (&grid)[3]) {
     slots += most(Size::rows * (cut_at(vecs, tiles, i + 1) - cut_at(vecs, tiles, i)), 8);
   const double channels_used = double(call.lanes * Size::rows) / double(slots * L);
   const double pixels_used = double(pixels) / double(up(pixels, L) * L);
-  if (grid[2].image_step != 1) return false;
+  if (grid[2].image_step > (call.image_stride[4] == 1 ? 2 : 1)) return false;
   if (call.target_stride[1] == 1) return pixels_used > 2 * channels_used;
   // Storing NCHW out of vectors of channels costs as much as four terms more.
   const double terms = double(call.image_channels * grid[0].taps * grid[1].taps * grid[2].taps);
@@ -238,7 +238,9 @@ struct Taps {
           number[count] = in_image[count] = in_weight[count] = 0;
           for (int a = 0; a < 3; ++a) {
             number[count] = number[count] * call.kernel[a] + grid[a].tap(tap[a]);
-            in_image[count] += (grid[a].shift(tap[a]) - first_shift[a]) * layout.axis[a];
+            const int64_t at = grid[a].shift(tap[a]) - first_shift[a];
+            const bool halves = a == 2 && layout.odd > 0;
+            in_image[count] += halves ? at / 2 + at % 2 * layout.odd : at * layout.axis[a];
             in_weight[count] += grid[a].tap(tap[a]) * call.weight_stride[a + 2];
           }
         }
@@ -472,6 +474,8 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
   patched = patched || extent > INT32_MAX;
   const int64_t channels_in_group = least(call.image_channels, (K::group - 1) / all_taps + 2);
   int64_t patch_channels = 0;
+  // Vectors of pixels that a stride of 2 steps through: every second element of a row side by side.
+  const bool halves = wide && reach[2].step == 2 && reach[2].hop == 1;
   PatchLayout layout;
   if (patched) {
     const int64_t plane =
@@ -479,7 +483,7 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
     patch_channels = least(call.image_channels, most(patch_bytes / plane, channels_in_group));
     const bool channels_last = call.image_stride[1] == 1 && call.image_stride[4] != 1;
     layout = channels_last && !wide ? PatchLayout::by_pixel(patch_channels, patch_size)
-                                    : PatchLayout::of(patch_channels, patch_size);
+                                    : PatchLayout::of(patch_channels, patch_size, halves);
     if (layout.elements > INT32_MAX / 2 || layout.channel * call.image_channels > INT32_MAX)
       return false;
   } else {
@@ -554,6 +558,7 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
   for (int a = 0; a < 3; ++a) {
     hop[a] = reach[a].hop;
     row_step[a] = reach[a].step / (patched ? hop[a] : 1) * layout.axis[a];
+    if (a == 2 && halves) row_step[a] = 1;
   }
   // What lies side by side in the weight: the taps of a channel, or the channels of a tap.
   const int64_t step = call.channel_stride == 1 ? most_taps : 1;

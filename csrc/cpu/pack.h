@@ -91,6 +91,24 @@ TNC_INLINE void copy_run(T* dst, const S* src, int64_t stride, int64_t n) {
   for (; i < n; ++i) dst[i] = widened(src[i * stride]);
 }
 
+// even[i] = src[2 * i], odd[i] = src[2 * i + 1]
+template <class T, class S>
+void copy_halves(T* even, T* odd, const S* src, int64_t n) {
+  using V = Vec<T>;
+  constexpr int L = V::lanes;
+  for (int64_t i = 0; i < n; i += 2 * L) {
+    const int64_t rest = n - i;
+    const V a = rest >= L ? V::load(src + i) : V::load(src + i, static_cast<int>(rest));
+    const V b = rest >= 2 * L ? V::load(src + i + L)
+                : rest > L    ? V::load(src + i + L, static_cast<int>(rest - L))
+                              : V::zero();
+    V halves[2];
+    V::split(a, b, halves[0], halves[1]);
+    halves[0].store(even + i / 2);
+    halves[1].store(odd + i / 2);
+  }
+}
+
 // to[c * to_channel + w] = from[w * from_pixel + c] for c < channels, w < pixels
 template <class T, class S>
 void copy_transposed(T* to, int64_t to_channel, const S* from, int64_t from_pixel, int64_t channels,
