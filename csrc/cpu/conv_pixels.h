@@ -349,6 +349,58 @@ bool store_vectors(const T* total, int64_t vectors, int lanes, const T* bias, S*
   return V::any(special);
 }
 
+// Rows of the result that the stride phases along w fill in turns.
+struct Interleaved {
+  int64_t per_row;        // vectors of each phase
+  int64_t last_elements;  // of the result, in the last vectors of a row
+};
+
+// Stores the totals of multiply_vectors for `Phases` phases, phase after phase `apart` in memory:
+// their pixels take turns in the result.
+template <int Phases, class T, int Chains, class S>
+bool store_interleaved(const T* total, int64_t apart, int64_t vectors, int lanes, const T* bias,
+                       S* target, const int64_t* position, int64_t to_channel,
+                       const Interleaved& row) {
+  using V = Vec<T>;
+  constexpr int L = V::lanes;
+  auto special = is_special(V::zero());
+  each_wide_run<T, Chains>(lanes, vectors, [&](Tiles<T>, int64_t v, int64_t tiles, int vecs) {
+    for (; tiles > 0; --tiles, v += vecs)
+      for (int j = 0; j < vecs; ++j) {
+        const bool is_last = (v + j + 1) % row.per_row == 0;
+        const int64_t elements = is_last ? row.last_elements : Phases * L;
+        for (int i = 0; i < lanes; ++i) {
+          const T* const from = total + (v * lanes + i * vecs + j) * L;
+          const V b = V::broadcast(bias[i]);
+          V part[Phases], result[Phases];
+          for (int k = 0; k < Phases; ++k) {
+            const V sum = V::load(from + k * apart) + b;
+            special = V::either(special, is_special(sum));
+            part[k] = canonical(sum);
+          }
+          if constexpr (Phases == 2) {
+            V::merge(part[0], part[1], result[0], result[1]);
+          } else {
+            V even[2], odd[2];
+            V::merge(part[0], part[2], even[0], even[1]);
+            V::merge(part[1], part[3], odd[0], odd[1]);
+            V::merge(even[0], odd[0], result[0], result[1]);
+            V::merge(even[1], odd[1], result[2], result[3]);
+          }
+          S* const to = target + i * to_channel + position[v + j];
+          for (int k = 0; k < Phases; ++k) {
+            const int64_t rest = elements - k * L;
+            if (rest >= L)
+              result[k].store(to + k * L);
+            else if (rest > 0)
+              result[k].store(to + k * L, static_cast<int>(rest));
+          }
+        }
+      }
+  });
+  return V::any(special);
+}
+
 // What the products of cut axes cost, in rows x taps, if `samples` of them share a box. A tile of
 // fewer than 4 rows takes as long: its chains wait for themselves.
 inline int64_t cost_of(const Cut& d, const Cut& h, const Cut& w, int64_t samples, bool wide,
@@ -554,6 +606,12 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
         }
   }
 
+  // Phases of few channels along w are stored together.
+  const int64_t stride = grid[0][2].step;
+  const bool interleaves = wide && phases > 1 && (stride == 2 || stride == 4) &&
+                           grid[stride - 1][2].first == stride - 1 && call.target_stride[4] == 1;
+  const int at_once = interleaves ? static_cast<int>(stride) : 1;  // phases
+
   int64_t row_step[3], hop[3];  // from pixel to pixel, in the image or the patch
   for (int a = 0; a < 3; ++a) {
     hop[a] = reach[a].hop;
@@ -573,7 +631,7 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
         const int64_t totals_of_tile = L * (wide ? Size::rows : Size::vecs);
         const int64_t totals_of_phase =
             box_rows * (one_chunk ? least(all_totals, totals_of_tile) : all_totals);
-        const int64_t total_size = totals_of_phase * (one_chunk ? 1 : phases);
+        const int64_t total_size = totals_of_phase * (one_chunk ? at_once : phases);
         const int64_t panel_size = K::group * (wide ? Size::rows : L * Size::vecs);
         const int64_t patch_elements = patched ? box_samples * layout.elements + L : 0;
         const int64_t bias_size = up(most_lanes, L) * L;
@@ -622,6 +680,8 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
               from_pixel[a] = most(lower[a + 1], part_of.stretch[a].from);
               to_pixel[a] = least(upper[a + 1], part_of.stretch[a].to);
             }
+            // A phase with a pixel less has it nevertheless; it is not stored.
+            if (at_once > 1) to_pixel[2] = upper[3];
             if (i % parts == 0) next = i / parts * box_rows;
             const int64_t first = next, width = to_pixel[2] - from_pixel[2];
             for (int64_t n = lower[0]; n < upper[0]; ++n)
@@ -673,8 +733,7 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
                            call.image_stride[1], call.image_stride + 2, image_size, box, hop,
                            channels);
             }
-            for (int i = 0; i < phases; ++i) {
-              const Phase& p = phase[i];
+            for (int i = 0; i < phases; i += at_once) {
               int64_t rows = 0;
               for (int64_t j = 0; j < parts; ++j) rows += rows_of[i * parts + j];
               T* total = totals + (one_chunk ? 0 : i * totals_of_phase);
@@ -691,37 +750,48 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
                 for (int64_t l = 0; l < up(tile.lanes, L) * L; ++l)
                   bias[l] = call.bias && l < tile.lanes ? widened(call.bias[channel + l]) : T(0);
                 S* const to = call.target + channel * call.target_stride[1];
+                const int64_t to_channel = call.target_stride[1];
                 const int64_t* to_row = position + i * box_rows;
-                const int64_t to_pixel = p.grid[2].step * call.target_stride[4];
-                const int64_t width = least(upper[3], p.grid[2].count) - lower[3];
+                const GridAxis& row_axis = phase[i].grid[2];
+                const int64_t to_pixel = row_axis.step * call.target_stride[4];
+                const int64_t width = least(upper[3], row_axis.count) - lower[3];
                 const int pixels = static_cast<int>(least(width, L));
                 Finish<T> finish;
-                bool at_once = false;  // where vectors lie side by side in the result
+                bool finishes = false;  // where vectors lie side by side in the result
                 if constexpr (std::is_same_v<S, T>) {
-                  at_once = wide ? to_pixel == 1 : call.target_stride[1] == 1;
-                  finish = {
-                      to,           to_row, call.target_stride[1], bias, wide ? pixels : tile.lanes,
-                      &task_special};
+                  finishes = wide ? to_pixel == 1 : to_channel == 1;
+                  finish = {to,           to_row, to_channel, bias, wide ? pixels : tile.lanes,
+                            &task_special};
                 }
-                multiply_lanes(
-                    call, p,
-                    call.weight + group * call.group_stride + tile.first * call.lane_stride, tile,
-                    g0, g1, wide, step, row + i * box_rows, rows_of + i * parts, panel, total,
-                    at_once ? &finish : nullptr);
-                if (g1 < groups || at_once) {
+                for (int k = i; k < i + at_once; ++k)
+                  multiply_lanes(
+                      call, phase[k],
+                      call.weight + group * call.group_stride + tile.first * call.lane_stride, tile,
+                      g0, g1, wide, step, row + k * box_rows, rows_of + k * parts, panel,
+                      total + (k - i) * totals_of_phase, finishes ? &finish : nullptr);
+                if (g1 < groups || finishes) {
+                } else if (at_once > 1) {
+                  int64_t size = 0;  // of the result's rows
+                  for (int k = i; k < i + at_once; ++k) size += phase[k].grid[2].count;
+                  const int64_t last = lower[3] + most(width - L, 0);  // pixel of the last vector
+                  const Interleaved order{up(width, L),
+                                          least(at_once * pixels, size - last * at_once)};
+                  const auto store = at_once == 2 ? store_interleaved<2, T, K::chains, S>
+                                                  : store_interleaved<4, T, K::chains, S>;
+                  task_special |= store(total, totals_of_phase, rows, tile.lanes, bias, to, to_row,
+                                        to_channel, order);
                 } else if (wide) {
                   const T* from = total;
                   for (int64_t k = 0; k < parts; ++k) {
                     const int64_t some = rows_of[i * parts + k];
-                    task_special |=
-                        store_vectors<T, K::chains>(from, some, tile.lanes, bias, to, to_row,
-                                                    call.target_stride[1], to_pixel, pixels);
+                    task_special |= store_vectors<T, K::chains>(
+                        from, some, tile.lanes, bias, to, to_row, to_channel, to_pixel, pixels);
                     from += some * tile.lanes * L;
                     to_row += some;
                   }
                 } else {
-                  task_special |= store_rows(total, rows, tile.vecs, tile.lanes, bias, to, to_row,
-                                             call.target_stride[1]);
+                  task_special |=
+                      store_rows(total, rows, tile.vecs, tile.lanes, bias, to, to_row, to_channel);
                 }
                 if (!one_chunk) total += rows * (wide ? tile.lanes : tile.vecs) * L;
               }
