@@ -839,6 +839,9 @@ void store_bias(const Images<S>& call, const GridAxis (&grid)[3]) {
                      for (int64_t w = 0; w < width; ++w)
                        __builtin_memcpy(row + w * to_pixel, value,
                                         static_cast<size_t>(channels) * sizeof(S));
+                   else if (to_pixel == 1)  // known to the compiler
+                     for (int64_t c = 0; c < channels; ++c)
+                       for (int64_t w = 0; w < width; ++w) row[c * to_channel + w] = value[c];
                    else
                      for (int64_t c = 0; c < channels; ++c)
                        for (int64_t w = 0; w < width; ++w)
