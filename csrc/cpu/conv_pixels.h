@@ -480,13 +480,17 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
                           Reach(grid, phases, 2, cut[2].count > 1)};
   const int64_t pixels = reach[0].count * reach[1].count * reach[2].count;
 
-  // Cut the pixels into boxes of about rows_of_task, the lanes where that is not enough to share.
+  // Cut the pixels into boxes of about rows_of_task, or half of them if the channels of one group
+  // fill a patch; the lanes where that is not enough to share.
   const int64_t threads = thread_count();
   const int64_t work = call.batch * call.groups * pixels * terms * call.lanes;
   int64_t lane_blocks = 1;
-  if (!wide && call.batch * pixels * call.groups < threads * rows_of_task && work > work_of_task)
+  if (!wide && call.batch * pixels * call.groups < threads * rows_of_task / 2 &&
+      work > work_of_task)
     lane_blocks = least(threads, up(lane_vecs, Size::vecs));
-  int64_t target = rows_of_task;
+  const int64_t channels_in_group = least(call.image_channels, (K::group - 1) / all_taps + 2);
+  const int64_t pixels_of_patch = patch_bytes / (int64_t{sizeof(T)} * channels_in_group);
+  int64_t target = least(rows_of_task, most(rows_of_task / 2, pixels_of_patch));
   if (phases > 1)
     target = least(target, most(64, phase_bytes / (int64_t{sizeof(T)} * call.lanes * phases)));
   const int64_t wanted = up(threads, lane_blocks * call.groups);
@@ -524,7 +528,6 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
     extent += patch_size[a] * reach[a].hop * std::llabs(call.image_stride[a + 2]);
   }
   patched = patched || extent > INT32_MAX;
-  const int64_t channels_in_group = least(call.image_channels, (K::group - 1) / all_taps + 2);
   int64_t patch_channels = 0;
   // Vectors of pixels that a stride of 2 steps through: every second element of a row side by side.
   const bool halves = wide && reach[2].step == 2 && reach[2].hop == 1;
