@@ -1,7 +1,8 @@
 """Time convolution and max-pooling beside torch.nn.functional, layer by layer.
 
 Both libraries run in this process, in turns; a time is the median of several rounds, and the ratio
-is torch's time divided by ours, so above 1 we are faster. Before a layer is timed its result is
+is torch's time divided by ours, so above 1 we are faster. Freed memory is kept by the process
+(with glibc), so that neither side pays for fetching pages anew. Before a layer is timed its result is
 compared with impl="naive", bit for bit: max-pooling whole, convolution on as many channels of the
 first sample (weight gradient: of all samples) as the naive loop does quickly. GFLOP/s count two
 operations for each multiply-add of the definition, and "peak" is what this command measured with
@@ -12,6 +13,7 @@ what copying a large tensor reaches.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import platform
@@ -239,6 +241,19 @@ class PoolBench:
 # ---- measuring ---------------------------------------------------------------------------------
 
 
+def keep_freed_memory() -> None:
+    """Asks glibc to keep what is freed; other allocators are left as they are.
+
+    A large result may come as new pages, which can cost more than a convolution. To which of two
+    calls in turns that happens is luck.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4  # names of malloc.h
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_max, 0)
+
+
 def medians(calls: Sequence[Call], rounds: int) -> list[float]:
     """Seconds of each call, in turns, the order reversed in every other round."""
     repeats = []
@@ -456,6 +471,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("--threads and --rounds must be positive", file=sys.stderr)
         return 2
     threads = torch.get_num_threads()
+    keep_freed_memory()
     try:
         if arguments.calls:
             print("\n".join(tiny_calls(arguments.rounds)))
