@@ -750,8 +750,10 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
                   tile = block.tile(j);
                 }
                 const int64_t channel = group * call.lanes + tile.first;
-                for (int64_t l = 0; l < up(tile.lanes, L) * L; ++l)
+                for (int64_t l = 0; l < up(tile.lanes, L) * L; ++l) {
                   bias[l] = call.bias && l < tile.lanes ? widened(call.bias[channel + l]) : T(0);
+                  if (!is_half_type<S>) bias[l] += T(0);  // +0 instead of -0
+                }
                 S* const to = call.target + channel * call.target_stride[1];
                 const int64_t to_channel = call.target_stride[1];
                 const int64_t* to_row = position + i * box_rows;

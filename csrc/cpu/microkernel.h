@@ -42,7 +42,7 @@ struct Finish {
   T* target = nullptr;
   const int64_t* position = nullptr;  // of each pointer
   int64_t row_step = 0;               // of a wide tile's rows
-  const T* bias = nullptr;            // of each lane, or of each row of a wide tile
+  const T* bias = nullptr;            // of each lane, or of each row of a wide tile; never -0
   int elements = 0;                   // of a row's vectors, or of each vector of a wide tile
   bool* special = nullptr;            // becomes true if an infinity or a NaN was stored
 };
@@ -59,7 +59,6 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
   constexpr int L = V::lanes;
   constexpr int pointers = Wide ? Vecs : Rows;
   const int64_t* position = finish ? finish->position : nullptr;
-  auto special = is_special(V::zero());
   for (; tiles > 0; --tiles, in_place += pointers, total += Rows * Vecs * L) {
     const Term* term = terms;
     const T* const ahead = last - in_place > 2 * pointers ? in_place[2 * pointers] : *last;
@@ -109,10 +108,13 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
         }
       }
     }
+    // +0 + chain, or just the chain: it may be -0, and then the bias, which is not, makes it +0.
     const auto total_of = [&](int i, int j) __attribute__((always_inline)) {
-      V sum = chain[0][i][j];
-      if constexpr (Chains == 2) sum = sum + chain[1][i][j];
-      return (resume ? V::load(total + (i * Vecs + j) * L) : V::zero()) + sum;
+      if constexpr (Chains == 2)
+        return (resume ? V::load(total + (i * Vecs + j) * L) : V::zero()) +
+               (chain[0][i][j] + chain[1][i][j]);
+      else
+        return resume ? V::load(total + (i * Vecs + j) * L) + chain[0][i][j] : chain[0][i][j];
     };
     if (finish == nullptr) {
 #pragma GCC unroll 16
@@ -120,25 +122,45 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
 #pragma GCC unroll 8
         for (int j = 0; j < Vecs; ++j) total_of(i, j).store(total + (i * Vecs + j) * L);
     } else {
+      V special[Vecs];  // NaN where an infinity or a NaN was among the sums
+#pragma GCC unroll 8
+      for (int j = 0; j < Vecs; ++j) special[j] = V::zero();
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 8
         for (int j = 0; j < Vecs; ++j) {
           const V bias = Wide ? V::broadcast(finish->bias[i]) : V::load(finish->bias + j * L);
-          const V sum = total_of(i, j) + bias;
-          special = V::either(special, is_special(sum));
-          T* const to =
-              finish->target + (Wide ? position[j] + i * finish->row_step : position[i] + j * L);
-          const int elements = finish->elements - (Wide ? 0 : j * L);
-          if (elements >= L || (!Wide && j + 1 < Vecs))
-            canonical(sum).store(to);
-          else
-            canonical(sum).store(to, elements);
+          chain[0][i][j] = total_of(i, j) + bias;
+          special[j] = fma(chain[0][i][j], V::zero(), special[j]);
         }
+#pragma GCC unroll 8
+      for (int j = 1; j < Vecs; ++j) special[0] = special[0] + special[j];
+      const auto target = [&](int i, int j) __attribute__((always_inline)) {
+        return finish->target + (Wide ? position[j] + i * finish->row_step : position[i] + j * L);
+      };
+      const bool any_special = V::any(is_nan(special[0]));
+      if (!any_special && finish->elements >= (Wide ? L : Vecs * L)) {
+#pragma GCC unroll 16
+        for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+          for (int j = 0; j < Vecs; ++j) chain[0][i][j].store(target(i, j));
+      } else {
+        if (any_special) *finish->special = true;
+#pragma GCC unroll 16
+        for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+          for (int j = 0; j < Vecs; ++j) {
+            const V sum = canonical(chain[0][i][j]);
+            const int elements = finish->elements - (Wide ? 0 : j * L);
+            if (elements >= L)
+              sum.store(target(i, j));
+            else
+              sum.store(target(i, j), elements);
+          }
+      }
       position += pointers;
     }
   }
-  if (V::any(special)) *finish->special = true;
 }
 
 template <class T>
