@@ -252,6 +252,9 @@ bool store_rows(const T* total, int64_t rows, int vecs, int lanes, const T* bias
       D* const to = dst + position[r] + j * lane_stride;
       r += run;
       if (run >= 2) {
+        const D* const ahead = dst + position[least(r + L, rows - 1)] + j * lane_stride;
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) prefetch_to_write(ahead + i * lane_stride);
         V block[L];
         if (run == L) {
 #pragma GCC unroll 16
