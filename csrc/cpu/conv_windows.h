@@ -58,75 +58,79 @@ struct Bands {
   }
 };
 
+// use(pixel, run, at) for the pixels [first, last), cut into runs of a row; `at` is the position.
+template <class Use>
+void each_run(const ConvShape& s, int64_t first, int64_t last, const Use& use) {
+  int64_t at[3], rest = first;
+  for (int a = 2; a >= 0; --a) at[a] = rest % s.axis[a].out, rest /= s.axis[a].out;
+  for (int64_t pixel = first; pixel < last;) {
+    const int64_t run = least(last - pixel, s.axis[2].out - at[2]);
+    use(pixel, run, at);
+    pixel += run;
+    at[2] += run;
+    for (int a = 2; a > 0 && at[a] == s.axis[a].out; --a) at[a] = 0, ++at[a - 1];
+  }
+}
+
 // Lists the pixels [first, last) as terms, group after group: where the window of each begins in
-// the image or the patch, and in `lane_offset` where it lies in the gradient. Two chains take
-// turns.
+// the image or the patch, and the number in its group. Two chains take turns. With a `tap` (of
+// three axes; not with two chains) only those pixels for which it reads inside of the image.
 template <int Chains, int64_t Group>
 void list_pixels(const ConvShape& s, const Bands& bands, int64_t first, int64_t last,
-                 const PatchLayout& layout, bool patched, bool skip_padding,
-                 const int64_t* grad_stride, Term* term, int32_t* lane_offset, int64_t* terms_of) {
+                 const PatchLayout& layout, bool patched, const int64_t* tap, Term* term,
+                 int64_t* terms_of) {
   for (int64_t g = 0; g < up(last - first, Group); ++g) terms_of[g] = 0;
   const Axis& row = s.axis[2];
   for (int b = 0; b < bands.count; ++b) {
     const Bands::Band& band = bands.band[b];
-    int64_t at[3], rest = band.first;
-    for (int a = 2; a >= 0; --a) at[a] = rest % s.axis[a].out, rest /= s.axis[a].out;
-    for (int64_t pixel = band.first; pixel < band.last;) {
-      // A run of pixels of one row and one group.
-      const int64_t g = (pixel - first) / Group, end = least(band.last, first + (g + 1) * Group);
-      const int64_t run = least(end - pixel, row.out - at[2]);
-      int64_t from = b * layout.elements, of = 0, skipped = 0, listed = run;
+    each_run(s, band.first, band.last, [&](int64_t pixel, int64_t run, const int64_t (&at)[3]) {
+      int64_t from = b * layout.elements, i = 0;
       for (int a = 0; a < 3; ++a) {
-        const int64_t in = s.axis[a].input_of(at[a], 0);
-        from += (patched ? (at[a] - band.outputs.from[a]) * s.axis[a].stride : in) * layout.axis[a];
-        of += at[a] * grad_stride[a + 2];
-        if (skip_padding && a < 2 && !s.axis[a].holds_input(in)) listed = 0;
+        const Axis& axis = s.axis[a];
+        from += (patched ? (at[a] - band.outputs.from[a]) * axis.stride : axis.input_of(at[a], 0)) *
+                layout.axis[a];
+        if (tap && a < 2 && !axis.holds_input(axis.input_of(at[a], tap[a]))) run = 0;
       }
-      if (skip_padding) {
-        const auto outside = [&](int64_t i) {
-          return !row.holds_input(row.input_of(at[2] + i, 0));
-        };
-        while (skipped < listed && outside(skipped)) ++skipped;
-        while (listed > skipped && outside(listed - 1)) --listed;
+      if (tap) {
+        const int64_t in = row.input_of(at[2], tap[2]);
+        i = up(most(-in, 0), row.stride);
+        run = least(run, up(most(row.in - in, 0), row.stride));
       }
-      const auto step = static_cast<int32_t>(row.stride * layout.axis[2]);
-      const auto grad_step = static_cast<int32_t>(grad_stride[4]);
-      const int64_t odd = up(least(last - first - g * Group, Group), 2);
-      Term* const to = term + g * Group;
-      int32_t* const lane = lane_offset + g * Group;
-      auto number = static_cast<int32_t>(terms_of[g]);
-      auto in_place = static_cast<int32_t>(from + skipped * step);
-      auto offset = static_cast<int32_t>(of + skipped * grad_step);
-      for (int64_t i = skipped; i < listed; ++i, ++number) {
-        to[Chains == 1 ? number : number / 2 + number % 2 * odd] = {in_place, number};
-        lane[number] = offset;
-        in_place += step;
-        offset += grad_step;
+      while (i < run) {
+        const int64_t g = (pixel + i - first) / Group, group_first = first + g * Group;
+        const int64_t end = least(run, group_first + Group - pixel);
+        const int64_t odd = up(least(Group, last - group_first), 2);
+        const auto step = static_cast<int32_t>(row.stride * layout.axis[2]);
+        auto in_place = static_cast<int32_t>(from + i * step);
+        auto number = static_cast<int32_t>(pixel + i - group_first);
+        Term* const to = term + g * Group;
+        int64_t t = terms_of[g];
+        for (; i < end; ++i, ++number, in_place += step)
+          to[Chains == 1 ? t++ : number / 2 + number % 2 * odd] = {in_place, number};
+        terms_of[g] = Chains == 1 ? t : number;
       }
-      terms_of[g] = number;
-      pixel += run;
-      at[2] += run;
-      for (int a = 2; a > 0 && at[a] == s.axis[a].out; --a) at[a] = 0, ++at[a - 1];
-    }
+    });
   }
 }
 
 // Terms whose input lies in the padding are products with +0; `skip_padding` leaves them out, which
-// is exact if the gradient is finite and needs a shape of one tap.
+// is exact if the gradient is finite. Then each tap has its own list of terms.
 template <class S>
 bool multiply_windows(const ConvProblem& p, bool skip_padding) {
   using K = Kind<S>;
   using T = typename K::T;
   constexpr int L = Vec<T>::lanes;
-  constexpr int64_t chunk_groups = 2048 / K::group;
   const ConvShape& s = p.shape;
   const int64_t pixels = s.outputs(), taps = s.taps(), lane_vecs = up(s.group_out(), L);
   const int64_t* const image_stride = p.input.stride;
   const int64_t* const grad_stride = p.output.stride;
   const int64_t* const weight_stride = p.weight.stride;
 
-  // Neighbouring rows should lie side by side in the weight.
-  const bool taps_first = weight_stride[1] == 1;
+  // Neighbouring rows should lie side by side in the weight, or share their terms.
+  const bool channels_inside = weight_stride[1] == 1;
+  const bool taps_first = channels_inside || skip_padding;
+  const int64_t lists = skip_padding ? taps : 1;
+  const int64_t chunk_groups = most(2048 / K::group / up(lists, 8), 1);
 
   // Does a row point into the image or into a patch?
   bool patched = is_half_type<S>;
@@ -165,7 +169,13 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
   int64_t channel_blocks = up(s.group_in(), most(1, least(block_channels, s.group_in())));
   if (work > work_of_task)
     channel_blocks = most(channel_blocks, least(s.group_in(), up(threads, s.groups * lane_blocks)));
-  block_channels = up(s.group_in(), channel_blocks);
+  // Rows that share their terms are better whole tiles.
+  const int64_t unit = least(skip_padding ? TileSize<T, K::chains>::rows : 1, s.group_in());
+  const auto first_channel = [&](int64_t block) {
+    return least(s.group_in(), cut_at(up(s.group_in(), unit), channel_blocks, block) * unit);
+  };
+  channel_blocks = least(channel_blocks, up(s.group_in(), unit));
+  block_channels = up(up(s.group_in(), unit), channel_blocks) * unit;
   const int64_t most_rows = block_channels * taps;
   const bool by_pixel =
       image_stride[1] == 1 && image_stride[4] != 1 && (taps_first || block_channels <= 4);
@@ -191,19 +201,24 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
         }
         const int64_t total_size = most_rows * block_vecs * L;
         const int64_t panel_size = K::group * L * TileSize<T, K::chains>::vecs;
-        const int64_t table_size = chunk_groups * K::group;
+        const int64_t table_size = chunk_groups * K::group;  // of one list
         arena.reset(Arena::bytes_for<T>(total_size) + Arena::bytes_for<T>(panel_size) +
                     Arena::bytes_for<T>(patch_size) + Arena::bytes_for<T>(block_vecs * L) +
                     Arena::bytes_for<const T*>(most_rows) + Arena::bytes_for<int64_t>(most_rows) +
-                    Arena::bytes_for<Term>(table_size) + Arena::bytes_for<int32_t>(table_size));
+                    Arena::bytes_for<int32_t>(most_rows) +
+                    Arena::bytes_for<Term>(lists * table_size) +
+                    Arena::bytes_for<int32_t>(table_size) +
+                    Arena::bytes_for<int64_t>(lists * chunk_groups));
         T* const totals = arena.take<T>(total_size);
         T* const panel = arena.take<T>(panel_size);
         T* const patch = arena.take<T>(patch_size);
         T* const no_bias = arena.take<T>(block_vecs * L);
         const T** const row = arena.take<const T*>(most_rows);
         int64_t* const position = arena.take<int64_t>(most_rows);
-        Term* const term = arena.take<Term>(table_size);
+        int32_t* const order = arena.take<int32_t>(most_rows);
+        Term* const term = arena.take<Term>(lists * table_size);
         int32_t* const lane_offset = arena.take<int32_t>(table_size);
+        int64_t* const terms_of = arena.take<int64_t>(lists * chunk_groups);
         zero_run(no_bias, block_vecs * L);
 
         for (int64_t task = begin; task < end; ++task) {
@@ -211,18 +226,18 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
           const int64_t lane_block = task / channel_blocks % lane_blocks;
           const int64_t group = task / channel_blocks / lane_blocks;
           const LaneBlock<T, K::chains> block(s.group_out(), lane_block, lane_blocks);
-          const int64_t channel0 = cut_at(s.group_in(), channel_blocks, channel_block);
-          const int64_t channel1 = cut_at(s.group_in(), channel_blocks, channel_block + 1);
+          const int64_t channel0 = first_channel(channel_block);
+          const int64_t channel1 = first_channel(channel_block + 1);
           const int64_t channels = channel1 - channel0, rows = channels * taps;
           const S* const image = static_cast<const S*>(p.input.data) +
                                  (group * s.group_in() + channel0) * image_stride[1];
           const S* const grad =
               static_cast<const S*>(p.output.data) + group * s.group_out() * grad_stride[1];
 
-          // use(r, c, d, h, w) for all rows
-          const auto each_row = [&](const auto& use) {
+          // use(r, c, d, h, w) for all rows, tap after tap or channel after channel
+          const auto each_row = [&](bool by_tap, const auto& use) {
             int64_t r = 0;
-            const int64_t outer = taps_first ? 1 : channels, inner = taps_first ? channels : 1;
+            const int64_t outer = by_tap ? 1 : channels, inner = by_tap ? channels : 1;
             for (int64_t c = 0; c < outer; ++c)
               for (int64_t d = 0; d < s.axis[0].kernel; ++d)
                 for (int64_t h = 0; h < s.axis[1].kernel; ++h)
@@ -238,7 +253,7 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
             for (int64_t i = 0; i < block.tiles; ++i) {
               const LaneTile tile = block.tile(i);
               const int64_t lane0 = group * s.group_out() + tile.first;
-              each_row([&](int64_t r, int64_t c, int64_t d, int64_t h, int64_t w) {
+              each_row(taps_first, [&](int64_t r, int64_t c, int64_t d, int64_t h, int64_t w) {
                 const int64_t tap = (d * s.axis[1].kernel + h) * s.axis[2].kernel + w;
                 for (int64_t j = 0; j < tile.vecs * L; ++j) {
                   const int64_t from = ((lane0 + j) * s.group_in() + channel0 + c) * taps + tap;
@@ -249,7 +264,6 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
             }
           }
 
-          int64_t terms_of[chunk_groups];
           int64_t known_first = 0, known_last = 0;  // the chunk whose terms are listed
           for (int64_t n = 0; n < s.batch; ++n)
             for (int64_t first = 0; first < pixels;) {
@@ -290,20 +304,33 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
 
               // The rows: one tap of one channel each.
               const T* const corner = patched ? patch : reinterpret_cast<const T*>(sample);
-              each_row([&](int64_t r, int64_t c, int64_t d, int64_t h, int64_t w) {
+              each_row(taps_first, [&](int64_t r, int64_t c, int64_t d, int64_t h, int64_t w) {
                 row[r] = corner + c * layout.channel + d * s.axis[0].dilation * layout.axis[0] +
                          h * s.axis[1].dilation * layout.axis[1] +
                          w * s.axis[2].dilation * layout.axis[2];
               });
 
               if (first - origin != known_first || last - origin != known_last) {
-                if (alike) bands = Bands(s, 0, last - origin, patch_limit);
-                list_pixels<K::chains, K::group>(s, bands, first - origin, last - origin, layout,
-                                                 patched, skip_padding, grad_stride, term,
-                                                 lane_offset, terms_of);
+                known_first = first - origin;
+                known_last = last - origin;
+                if (alike) bands = Bands(s, known_first, known_last, patch_limit);
+                each_run(s, known_first, known_last,
+                         [&](int64_t pixel, int64_t run, const int64_t (&at)[3]) {
+                           const int64_t of = at[0] * grad_stride[2] + at[1] * grad_stride[3] +
+                                              at[2] * grad_stride[4];
+                           for (int64_t i = 0; i < run; ++i)
+                             lane_offset[pixel - known_first + i] =
+                                 static_cast<int32_t>(of + i * grad_stride[4]);
+                         });
+                for (int64_t list = 0; list < lists; ++list) {
+                  const int64_t kw = s.axis[2].kernel, kh = s.axis[1].kernel;
+                  const int64_t tap[3] = {list / kw / kh, list / kw % kh, list % kw};
+                  list_pixels<K::chains, K::group>(s, bands, known_first, known_last, layout,
+                                                   patched, skip_padding ? tap : nullptr,
+                                                   term + list * table_size,
+                                                   terms_of + list * chunk_groups);
+                }
               }
-              known_first = first - origin;
-              known_last = last - origin;
 
               T* total = totals;
               for (int64_t i = 0; i < block.tiles; ++i) {
@@ -311,22 +338,30 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
                 const S* const lanes = grad + n * grad_stride[0] + tile.first * grad_stride[1] +
                                        origin * grad_stride[4];
                 for (int64_t t = 0; t < last - first; t += K::group) {
-                  const int64_t terms = terms_of[t / K::group];
-                  int32_t length[max_chains] = {static_cast<int32_t>(up(terms, K::chains)),
-                                                static_cast<int32_t>(terms / 2)};
-                  const bool more = t + K::group < last - first;
+                  const int64_t left = last - first - t;
                   pack_panel(panel, tile.vecs, tile.lanes, lanes, grad_stride[1], lane_offset + t,
-                             terms, 1, lane_offset + t + K::group,
-                             more ? terms_of[t / K::group + 1] : 0);
-                  multiply_rows<T, K::chains>(row, rows, term + t, length, panel, tile.vecs, total,
-                                              resumed || n > 0 || first + t > 0);
+                             least(left, K::group), 1, lane_offset + t + K::group,
+                             least(left - K::group, K::group));
+                  const bool resume = resumed || n > 0 || first + t > 0;
+                  for (int64_t list = 0; list < lists; ++list) {
+                    const int64_t terms = terms_of[list * chunk_groups + t / K::group];
+                    const int32_t length[max_chains] = {static_cast<int32_t>(up(terms, K::chains)),
+                                                        static_cast<int32_t>(terms / 2)};
+                    const int64_t row0 = rows / lists * list;
+                    if (terms > 0 || !resume)
+                      multiply_rows<T, K::chains>(row + row0, rows / lists,
+                                                  term + list * table_size + t, length, panel,
+                                                  tile.vecs, total + row0 * tile.vecs * L, resume);
+                  }
                 }
                 total += rows * tile.vecs * L;
               }
               first = last;
             }
 
-          each_row([&](int64_t r, int64_t c, int64_t d, int64_t h, int64_t w) {
+          each_row(channels_inside, [&](int64_t r, int64_t c, int64_t d, int64_t h, int64_t w) {
+            const int64_t tap = (d * s.axis[1].kernel + h) * s.axis[2].kernel + w;
+            order[r] = static_cast<int32_t>(taps_first ? tap * channels + c : c * taps + tap);
             position[r] = (channel0 + c) * weight_stride[1] + d * weight_stride[2] +
                           h * weight_stride[3] + w * weight_stride[4];
           });
@@ -336,10 +371,10 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
             const int64_t base = (group * s.group_out() + tile.first) * weight_stride[0];
             if (p.keep_total)
               store_rows(total, rows, tile.vecs, tile.lanes, no_bias,
-                         static_cast<T*>(p.weight.data) + base, position, weight_stride[0]);
+                         static_cast<T*>(p.weight.data) + base, position, weight_stride[0], order);
             else
               store_rows(total, rows, tile.vecs, tile.lanes, no_bias,
-                         static_cast<S*>(p.weight.data) + base, position, weight_stride[0]);
+                         static_cast<S*>(p.weight.data) + base, position, weight_stride[0], order);
             total += rows * tile.vecs * L;
           }
         }

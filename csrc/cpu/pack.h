@@ -219,21 +219,22 @@ TNC_INLINE auto is_special(V x) {
 }
 
 // dst[position[r] + j * lane_stride] = canonical(total[r][j] + bias[j]), rounded to D, for j <
-// lanes; bias has whole vectors. Says whether an infinity or a NaN was
-// among them.
+// lanes; bias has whole vectors. With an `order`, totals of row r are total[order[r]]. Says whether
+// an infinity or a NaN was among them.
 template <class D, class T>
 bool store_rows(const T* total, int64_t rows, int vecs, int lanes, const T* bias, D* dst,
-                const int64_t* position, int64_t lane_stride) {
+                const int64_t* position, int64_t lane_stride, const int32_t* order = nullptr) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
   const int64_t pitch = int64_t{vecs} * L;
+  const auto total_of = [&](int64_t r) { return total + (order ? order[r] : r) * pitch; };
   auto special = is_special(V::zero());
   if (lane_stride == 1) {
     constexpr int64_t ahead = 16;  // rows; a result line that is new to the caches is slow to come
     for (int64_t r = 0; r < rows; ++r) {
       prefetch_to_write(dst + position[least(r + ahead, rows - 1)]);
       for (int j = 0; j < lanes; j += L) {
-        const V sum = V::load(total + r * pitch + j) + V::load(bias + j);
+        const V sum = V::load(total_of(r) + j) + V::load(bias + j);
         special = V::either(special, is_special(sum));
         if (j + L <= lanes)
           canonical(sum).store(dst + position[r] + j);
@@ -248,7 +249,7 @@ bool store_rows(const T* total, int64_t rows, int vecs, int lanes, const T* bias
     const int some = lanes - j < L ? lanes - j : L;
     for (int64_t r = 0; r < rows;) {
       const int run = run_length<L>(position + r, least(rows - r, L));  // side by side in memory
-      const T* const from = total + r * pitch + j;
+      const int64_t first = r;
       D* const to = dst + position[r] + j * lane_stride;
       r += run;
       if (run >= 2) {
@@ -259,13 +260,13 @@ bool store_rows(const T* total, int64_t rows, int vecs, int lanes, const T* bias
         if (run == L) {
 #pragma GCC unroll 16
           for (int i = 0; i < L; ++i) {
-            const V sum = V::load(from + i * pitch) + b;
+            const V sum = V::load(total_of(first + i) + j) + b;
             special = V::either(special, is_special(sum));
             block[i] = canonical(sum);
           }
         } else {
           for (int i = 0; i < L; ++i) {
-            const V sum = i < run ? V::load(from + i * pitch) + b : V::zero();
+            const V sum = i < run ? V::load(total_of(first + i) + j) + b : V::zero();
             special = V::either(special, is_special(sum));
             block[i] = canonical(sum);
           }
@@ -280,7 +281,7 @@ bool store_rows(const T* total, int64_t rows, int vecs, int lanes, const T* bias
             if (i < some) block[i].store(to + i * lane_stride, run);
         }
       } else {
-        const V sum = V::load(from) + b;
+        const V sum = V::load(total_of(first) + j) + b;
         special = V::either(special, is_special(sum));
         D row[L];
         canonical(sum).store(row);
