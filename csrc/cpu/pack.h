@@ -119,6 +119,7 @@ void copy_transposed(T* to, int64_t to_channel, const S* from, int64_t from_pixe
     for (int64_t c = 0; c < channels; c += L) {
       const int wide = static_cast<int>(least(L, pixels - w));
       const int deep = static_cast<int>(least(L, channels - c));
+      for (int i = 0; i < L; ++i) prefetch(from + (w + L + i) * from_pixel + c);
       V block[L];
       if (wide == L && deep == L) {
 #pragma GCC unroll 16
