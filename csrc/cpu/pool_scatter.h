@@ -269,7 +269,7 @@ void expand_rows(GradRow<L> row, int64_t grad_pitch, int64_t index_pitch, int64_
                  int64_t windows, int64_t height, L* to, int64_t pitch) {
   constexpr int V = lanes<L>;
   for (int64_t r = 0; r < rows; ++r) {
-    prefetch_behind(to, height * windows * stride * int64_t(sizeof(L)));
+    prefetch_behind(to, height, windows * stride * int64_t(sizeof(L)));
     for (int64_t o = 0; o < windows; o += V) {
       // The last vector overlaps the one before it.
       if (windows >= V) o = std::min(o, windows - V);
@@ -387,21 +387,22 @@ void scatter_blocks(const GradRow<L>* planes, int64_t plane_count, int64_t grad_
   for (int64_t row = 0; row < rows; row += B::rows) {
     row = std::min(row, rows - B::rows);  // the last block overlaps the one before it
     const int64_t first = static_cast<int64_t>(static_cast<uint64_t>(row) / stride);
-    prefetch_behind(to + row * pitch, B::rows * size * int64_t(sizeof(L)));
+    prefetch_behind(to + row * pitch, B::rows, size * int64_t(sizeof(L)));
     for (int64_t i = 0; i < size; i += stride * V) {
       if (overlap) i = std::min(i, whole);
       const int64_t window = static_cast<int64_t>(static_cast<uint64_t>(i) / stride);
       Vec<L> sum[B::rows][stride] = {};
       for (int64_t p = 0; p < plane_count; ++p) {
         const Choices<L> first_tap = *planes[p].own;
+        const L* grads = planes[p].grad + first * grad_pitch + window;
+        const uint8_t* indices = planes[p].index + first * index_pitch + window;
 #pragma GCC unroll 8
-        for (int m = 0; m < B::windows; ++m) {
-          const L* const grads = planes[p].grad + (first + m) * grad_pitch + window;
-          const uint8_t* const indices = planes[p].index + (first + m) * index_pitch + window;
+        for (int m = 0; m < B::windows; ++m, grads += grad_pitch, indices += index_pitch) {
 #pragma GCC unroll 8
           for (int n = 0; n < Windows::count; ++n) {
-            const Vec<L> grad = load(grads + n);
-            const Choices<L> chosen = Masked::minus<L>(Masked::choices<L>(indices + n), first_tap);
+            const Vec<L> grad = Masked::in_register<L>(load(grads + n));
+            const Choices<L> chosen = Masked::in_register<L>(
+                Masked::minus<L>(Masked::choices<L>(indices + n), first_tap));
 #pragma GCC unroll 4
             for (int r = 0; r < B::rows; ++r) {
 #pragma GCC unroll 4
