@@ -1,5 +1,5 @@
 // The gradient of the vector rows, for small windows. Included after pool_forward.h. Start reading
-// at Scatter::run: rows (NCHW), pixels (channels innermost), or staged for the rest.
+// at Scatter::run: rows (NCHW), pixels (channels innermost), or staged (those of other types).
 //
 // As a gather: an input belongs to few windows, and gets the gradient of those whose index names
 // it. The inputs of one stride phase are lanes next to each other, and so are the windows that
@@ -41,14 +41,7 @@ void write_sums(void* to, int64_t stride, int64_t count, const Lane<T>* __restri
   else
     for (int64_t i = 0; i < count; ++i) target[i * stride] = from_sum<T>(from[i]);
 }
-// to[i * phases + phase] = from[phase * pitch + i]
-template <class T, int phases>
-void write_joined(void* to, int64_t count, const Lane<T>* __restrict from, int64_t pitch) {
-  T* const target = static_cast<T*>(to);
-  for (int64_t i = 0; i < count; ++i)
-    for (int phase = 0; phase < phases; ++phase)
-      target[i * phases + phase] = from_sum<T>(from[phase * pitch + i]);
-}
+
 // A choice is the number of a tap in its window, a byte; this one is no tap's.
 constexpr uint8_t nobody = 255;
 
@@ -114,7 +107,6 @@ struct SumCodec {
   bool is_lane;
   void (*read)(const void*, int64_t, int64_t, L*);
   void (*write)(void*, int64_t, int64_t, const L*);
-  void (*join[5])(void*, int64_t, const L*, int64_t);  // by the number of phases
   void (*read_index)(const void*, int64_t, int64_t, uint8_t*);
   void (*read_position)(const void*, int64_t, int64_t, uint8_t*, int64_t, int64_t,
                         const std::vector<uint8_t>&);
@@ -122,15 +114,8 @@ struct SumCodec {
 
   template <class T>
   static SumCodec of(IndexType type) {
-    SumCodec codec{sizeof(T),
-                   0,
-                   is_lane_type<T>,
-                   read_terms<T>,
-                   write_sums<T>,
-                   {nullptr, nullptr, write_joined<T, 2>, write_joined<T, 3>, write_joined<T, 4>},
-                   nullptr,
-                   nullptr,
-                   nullptr};
+    SumCodec codec{sizeof(T),     0,       is_lane_type<T>, read_terms<T>,
+                   write_sums<T>, nullptr, nullptr,         nullptr};
     const auto set = [&](auto tag) {
       using Index = decltype(tag);
       codec.index_size = sizeof(Index);
@@ -473,20 +458,19 @@ class Scatter {
           phase_taps_.push_back({(k * w.dilation - phase) / w.stride, k});
     }
     phase_start_.push_back(phase_taps_.size());
-    channels_last_ = p_.input.stride[1] == 1 && p_.output.stride[1] == 1 &&
-                     p_.index.stride[1] == 1 && s_.channels > 1 && p_.input.stride[4] != 1;
+    channels_last_ = is_channels_last(p_);
     if (p_.kind == IndexKind::flat) list_positions();
     if (channels_last_)
       direct_ = codec_.is_lane, disjoint_ = windows_are_disjoint();
-    else if (w.dilation == 1)
+    else
       choose_rows();
 
     group_ = !channels_last_ ? 1 : s_.channels <= (disjoint_ ? 1024 : 256) ? s_.channels : 128;
     blocks_ = up(s_.channels, group_);
-    if (!rows_way_) margin_ = (w.kernel - 1) * w.dilation / w.stride, lead_ = -margin_;
+    if (channels_last_) margin_ = (w.kernel - 1) * w.dilation / w.stride, lead_ = -margin_;
     // The tile: slots of the width (a slot is `stride` inputs), rows of one plane.
-    const int64_t all = up(rows_way_ ? w.in : w.in + w.pad, w.stride);
-    const int64_t budget = (direct_ ? 65536 : rows_way_ ? 16384 : 8192) / int64_t(sizeof(L));
+    const int64_t all = slots_of(w);
+    const int64_t budget = (direct_ ? 65536 : channels_last_ ? 8192 : 16384) / int64_t(sizeof(L));
     slots_ = std::clamp<int64_t>(std::max(budget / group_, 2 * margin_), 1, all);
     slots_ = up(all, up(all, slots_));
     strips_ = up(all, slots_);
@@ -498,6 +482,15 @@ class Scatter {
     grads_ = span(p_.output, s_), indices_ = span(p_.index, s_);
     pitch_ = (slots_ + margin_) * group_;
     phase_size_ = slots_ * group_ + lanes<L>;
+  }
+
+  // Is there a way for the call? In NCHW, looking up is faster than a gather of other windows than
+  // those of the row kernels.
+  static bool has_way(const PoolProblem& p) {
+    const Axis& w = p.shape.axis[2];
+    const bool rows = (w.stride <= 2 && (w.kernel == 2 || w.kernel == 3)) ||
+                      (w.stride == 4 && w.kernel == 4 && w.pad % 4 == 0);
+    return is_channels_last(p) || (rows && w.dilation == 1);
   }
 
   void run() const {
@@ -521,7 +514,7 @@ class Scatter {
                      b.grad = scratch.take<L>(size);
                      b.sums = scratch.take<L>(sums);
                    }
-                   if (rows_way_) {
+                   if (!channels_last_) {
                      Buffers next = b;
                      next.grad = scratch.take<L>(size), next.index = scratch.take<uint8_t>(size);
                      return scatter_rows(begin, end, b, next);
@@ -555,6 +548,10 @@ class Scatter {
   using BlockKernel = void (*)(const GradRow<L>*, int64_t, int64_t, int64_t, int64_t, int64_t, L*,
                                int64_t);
 
+  static bool is_channels_last(const PoolProblem& p) {
+    return p.input.stride[1] == 1 && p.output.stride[1] == 1 && p.index.stride[1] == 1 &&
+           p.shape.channels > 1 && p.input.stride[4] != 1;
+  }
   static int64_t span(const RawView& v, const PoolShape& s) {
     int64_t size = 1 + (s.batch - 1) * v.stride[0] + (s.channels - 1) * v.stride[1];
     for (int a = 0; a < 3; ++a) size += (s.axis[a].out - 1) * v.stride[2 + a];
@@ -590,7 +587,6 @@ class Scatter {
     rows_kernel_[1] = scatter_row<stride, kernel, shift, 1, L>;
     rows_kernel_[2] = scatter_row<stride, kernel, shift, 2, L>;
     rows_kernel_[3] = scatter_row<stride, kernel, shift, 3, L>;
-    rows_way_ = true;
     disjoint_ = stride > 1 && windows_are_disjoint();
     margin_ = Windows::count - 1;
     lead_ = s_.axis[2].pad / stride + Windows::first;
@@ -609,10 +605,13 @@ class Scatter {
   bool windows_are_disjoint() const {
     for (const Axis& a : s_.axis)
       if (a.pad != 0 || a.stride != a.kernel || a.dilation != 1) return false;
-    return true;
+    return s_.axis[2].out * s_.axis[2].stride <= s_.axis[2].in;  // none overhangs its row
   }
 
   static int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+  int64_t slots_of(const Axis& w) const {
+    return up(channels_last_ ? w.in + w.pad : w.in, w.stride);
+  }
   static int64_t reach(const Axis& a) { return (a.kernel - 1) * a.dilation + 1; }
   int64_t planes_of_outputs() const {
     return std::min(s_.axis[0].out, reach(s_.axis[0]) / s_.axis[0].stride + 1);
@@ -629,7 +628,7 @@ class Scatter {
     t.lanes = std::min(group_, s_.channels - t.channel);
     t.end = std::min(t.row + rows_, h.in);
     const Axis& w = s_.axis[2];
-    t.slots = std::min(slots_, up(rows_way_ ? w.in : w.in + w.pad, w.stride) - t.slot);
+    t.slots = std::min(slots_, slots_of(w) - t.slot);
     t.od = d.first_output(t.id), t.od_end = d.last_output(t.id) + 1;
     t.oh = h.first_output(t.row), t.oh_end = h.last_output(t.end - 1) + 1;
     return t;
@@ -742,7 +741,7 @@ class Scatter {
            last + t.slots + margin_ + lanes<L> <= size;
   }
   bool grads_in_place(const Tile& t) const {
-    return rows_way_ && codec_.is_lane && in_tensor(p_.output, grads_, t);
+    return !channels_last_ && codec_.is_lane && in_tensor(p_.output, grads_, t);
   }
   // Only where no window reaches another row or column, whatever was made by hand.
   bool choices_in_place(const Tile& t) const {
@@ -752,8 +751,8 @@ class Scatter {
   // Is every row of inputs that of one row of windows, as wide as they?
   bool expands(const Tile& t) const {
     const Axis& w = s_.axis[2];
-    return rows_way_ && disjoint_ && codec_.is_lane && p_.input.stride[4] == 1 && strips_ == 1 &&
-           w.in == w.out * w.stride && t.od_end - t.od == 1;
+    return !channels_last_ && disjoint_ && codec_.is_lane && p_.input.stride[4] == 1 &&
+           strips_ == 1 && w.in == w.out * w.stride && t.od_end - t.od == 1;
   }
   int64_t expand(const Tile& t, const TileWindows& windows, const Buffers& b, char* to) const {
     const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
@@ -836,8 +835,8 @@ class Scatter {
                      const Buffers& b) const {
     const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
     const int64_t oh = ih / h.stride;
-    if (!disjoint_ || w.out * w.stride > w.in || t.lanes < lanes<L> || t.od_end - t.od != 1 ||
-        ih % h.stride != 0 || oh >= h.out || ih + h.stride > t.end)
+    if (!disjoint_ || t.lanes < lanes<L> || t.od_end - t.od != 1 || ih % h.stride != 0 ||
+        oh >= h.out || ih + h.stride > t.end)
       return false;
     const int64_t pitch = p_.input.stride[3], pixel = p_.input.stride[4];
     const L* const grad = pixels.grad + (oh - t.oh) * p_.output.stride[3];
@@ -889,7 +888,7 @@ class Scatter {
     }
   }
 
-  // ---- staged
+  // ---- staged: channels innermost of other types than the lanes
 
   // Rows of gradients and choices, from window slot + lead on, nobody where there is none.
   void stage(const Tile& t, const Buffers& b) const {
@@ -937,7 +936,7 @@ class Scatter {
 
   void scatter(const Tile& t, const Buffers& b) const {
     const Axis& w = s_.axis[2];
-    const int64_t pixel = channels_last_ ? t.lanes : 1, pitch = (t.slots + margin_) * pixel;
+    const int64_t pixel = t.lanes, pitch = (t.slots + margin_) * pixel;
     stage(t, b);
     for (int64_t ih = t.row; ih < t.end; ++ih) {
       for (int64_t phase = 0; phase < w.stride; ++phase) {
@@ -958,8 +957,7 @@ class Scatter {
 
   void write_row(const Tile& t, int64_t ih, const L* sums) const {
     const Axis& w = s_.axis[2];
-    const int64_t phases = w.stride, stride = p_.input.stride[4];
-    const int64_t pixel = channels_last_ ? t.lanes : 1;
+    const int64_t phases = w.stride, stride = p_.input.stride[4], pixel = t.lanes;
     // Places in the strip that are inputs, and where place 0 would lie.
     const int64_t origin = t.slot * phases - w.pad;
     const int64_t first = std::max<int64_t>(-origin, 0);
@@ -967,31 +965,10 @@ class Scatter {
     char* const row = static_cast<char*>(p_.input.data) +
                       offset(p_.input, t.n, t.channel, t.id, ih, origin) * codec_.size;
     const auto at = [&](int64_t e) { return row + e * stride * codec_.size; };
-    const auto write = [&](int64_t from, int64_t to) {
-      for (int64_t e = from; e < to; ++e)
-        codec_.write(at(e), 1, pixel, sums + e % phases * phase_size_ + e / phases * pixel);
-    };
-    if (channels_last_) {
-      if (phases == 1 && stride == pixel)
-        codec_.write(at(first), 1, (end - first) * pixel, sums + first * pixel);
-      else
-        write(first, end);
-      return;
-    }
-    const int64_t group = up(first, phases), groups = end / phases - group;
-    if (phases > 1 && phases <= 4 && stride == 1 && groups > 0) {
-      write(first, group * phases);
-      codec_.join[phases](at(group * phases), groups, sums + group, phase_size_);
-      write((group + groups) * phases, end);
-    } else {
-      for (int64_t phase = 0; phase < phases; ++phase) {
-        const int64_t slot = up(std::max<int64_t>(first - phase, 0), phases);
-        const int64_t e = slot * phases + phase;
-        if (e < end)
-          codec_.write(at(e), phases * stride, up(end - e, phases),
-                       sums + phase * phase_size_ + slot);
-      }
-    }
+    if (phases == 1 && stride == pixel)
+      return codec_.write(at(first), 1, (end - first) * pixel, sums + first * pixel);
+    for (int64_t e = first; e < end; ++e)
+      codec_.write(at(e), 1, pixel, sums + e % phases * phase_size_ + e / phases * pixel);
   }
 
   const PoolProblem& p_;
@@ -1004,8 +981,8 @@ class Scatter {
   RowKernel rows_kernel_[4] = {};  // by the number of rows; 0: any
   BlockKernel block_kernel_ = nullptr;
   int64_t block_rows_ = 0, block_lead_ = 0;
-  int64_t above_ = 0;  // rows of windows staged around those of a tile
-  bool rows_way_ = false, disjoint_ = false;
+  int64_t above_ = 0;            // rows of windows staged around those of a tile
+  bool disjoint_ = false;        // every input belongs to one window at most
   std::vector<uint8_t> tap_of_;  // by the distance in the plane, of a flat index
   int64_t group_ = 1, blocks_ = 1, margin_ = 0, lead_ = 0, slots_ = 1, strips_ = 1, rows_ = 1,
           bands_ = 1;
