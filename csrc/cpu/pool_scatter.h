@@ -151,8 +151,9 @@ struct Term {
   int64_t grad, index, own;
 };
 
-// to[r][i] = the sum of the terms that chose input (r, i), in their order, from +0. Unless `exact`,
-// up to a vector behind every row is read and written.
+// to[r][p][i] = the sum of the terms of phase p that chose input (r, p, i), in their order, from
+// +0; term_ends says where those of a phase end. Unless `exact`, up to a vector behind every row is
+// read and written.
 template <class L>
 struct Sums {
   L* to;
@@ -161,18 +162,21 @@ struct Sums {
   int64_t to_pitch, grad_pitch, index_pitch;
 };
 template <bool exact, class L>
-void add_terms(const Sums<L>& s, int64_t rows, int64_t count, const Term* terms,
-               int64_t term_count) {
+void add_terms(const Sums<L>& s, int64_t rows, int64_t phases, int64_t count, const Term* all_terms,
+               const int64_t* term_ends) {
   constexpr int V = lanes<L>;
-  for (int64_t r = 0; r < rows; ++r) {
-    const L* const grad = s.grad + r * s.grad_pitch;
-    const uint8_t* const index = s.index + r * s.index_pitch;
-    L* const to = s.to + r * s.to_pitch;
+  L* to = s.to;
+  for (int64_t row = 0, phase = 0; row < rows; to += s.to_pitch) {
+    const L* const grad = s.grad + row * s.grad_pitch;
+    const uint8_t* const index = s.index + row * s.index_pitch;
+    const Term* const terms = all_terms + (phase == 0 ? 0 : term_ends[phase - 1]);
+    const Term* const terms_end = all_terms + term_ends[phase];
+    if (++phase == phases) phase = 0, ++row;
     const auto sums = [&](int64_t i, auto vectors, bool whole) {
       constexpr int n = decltype(vectors)::value;
       Vec<L> sum[n] = {};
-      for (int64_t k = 0; k < term_count; ++k) {
-        const Term& t = terms[k];
+      for (const Term* term = terms; term != terms_end; ++term) {
+        const Term& t = *term;
         const Choices<L> own = Masked::choice<L>(t.own);
         for (int v = 0; v < n; ++v) {
           const L* const g = grad + t.grad + i + v * V;
@@ -502,10 +506,11 @@ class Scatter {
                    Scratch scratch((2 * size + sums) * int64_t(sizeof(L)) + 2 * size +
                                    (taps + 1) * int64_t(sizeof(Term) + sizeof(PixelRow<L>) +
                                                         sizeof(GradRow<L>) + sizeof(Choices<L>)) +
-                                   2048);
+                                   s_.axis[2].stride * int64_t(sizeof(int64_t)) + 2048);
                    Buffers b;
                    b.index = scratch.take<uint8_t>(size);
                    b.terms = scratch.take<Term>(taps + 1);
+                   b.term_ends = scratch.take<int64_t>(s_.axis[2].stride);
                    b.rows = scratch.take<GradRow<L>>(taps + 1);
                    b.pixels = scratch.take<PixelRow<L>>(taps + 1);
                    b.own = scratch.take<Choices<L>>(taps + 1);
@@ -534,6 +539,7 @@ class Scatter {
     L *grad = nullptr, *sums = nullptr;
     uint8_t* index = nullptr;
     Term* terms = nullptr;
+    int64_t* term_ends = nullptr;
     GradRow<L>* rows = nullptr;
     PixelRow<L>* pixels = nullptr;
     Choices<L>* own = nullptr;  // by the number of a tap
@@ -854,37 +860,36 @@ class Scatter {
     return true;
   }
 
-  // Channels innermost: inputs of one phase that the same taps reach, whole pixels at a time.
+  // Channels innermost: a row of inputs, pixel after pixel as they lie in memory. Between the ends
+  // of the row, all slots have the same terms.
   void scatter_columns(const Tile& t, int64_t row_count, int64_t index_pixel, L* to,
                        const Buffers& b) const {
     const Axis& w = s_.axis[2];
-    const int64_t end_slot = t.slot + t.slots;
-    for (int64_t phase = 0; phase < w.stride; ++phase) {
-      const auto input_at = [&](int64_t slot) { return slot * w.stride + phase - w.pad; };
-      const int64_t last_run = std::min({end_slot, w.out, up(w.in - phase + w.pad, w.stride)});
-      int64_t slot = t.slot;
-      while (slot < end_slot && input_at(slot) < 0) ++slot;
-      while (slot < end_slot && input_at(slot) < w.in) {
-        int64_t count = 0, run = 1;
-        if (slot >= margin_)  // with all of its taps, or the last ones
-          run = std::max<int64_t>(1, last_run - slot);
-        for (int64_t r = 0; r < row_count; ++r)
-          for_each_tap(phase, [&](int64_t shift, int64_t kw) {
-            const int64_t ow = slot - shift;
-            if (ow < 0 || ow >= w.out) return;
-            b.terms[count++] = {b.pixels[r].grad - b.pixels[0].grad + ow * p_.output.stride[4],
-                                b.pixels[r].index - b.pixels[0].index + ow * index_pixel,
-                                b.pixels[r].own + kw};
-          });
-        const Sums<L> sums{to + input_at(slot) * p_.input.stride[4],
-                           b.pixels[0].grad,
-                           b.pixels[0].index,
-                           w.stride * p_.input.stride[4],
-                           p_.output.stride[4],
-                           index_pixel};
-        add_terms<true, L>(sums, run, t.lanes, b.terms, count);
-        slot += run;
+    const int64_t pixel = p_.input.stride[4];
+    const int64_t inner_end = std::min({t.slot + t.slots, w.out, (w.in + w.pad) / w.stride});
+    for (int64_t slot = t.slot; slot < t.slot + t.slots;) {
+      const bool inner = slot >= margin_ && slot * w.stride >= w.pad && slot < inner_end;
+      int64_t phase = 0, run = inner ? inner_end - slot : 1;
+      while (phase < w.stride) {
+        const int64_t first = phase, iw = slot * w.stride + phase - w.pad;
+        int64_t count = 0;
+        do {
+          for (int64_t r = 0; r < row_count; ++r)
+            for_each_tap(phase, [&](int64_t shift, int64_t kw) {
+              const int64_t ow = slot - shift;
+              if (ow < 0 || ow >= w.out) return;
+              b.terms[count++] = {b.pixels[r].grad - b.pixels[0].grad + ow * p_.output.stride[4],
+                                  b.pixels[r].index - b.pixels[0].index + ow * index_pixel,
+                                  b.pixels[r].own + kw};
+            });
+          b.term_ends[phase - first] = count;
+        } while (++phase < w.stride && inner);
+        if (!w.holds_input(iw)) continue;
+        const Sums<L> sums{to + iw * pixel, b.pixels[0].grad,    b.pixels[0].index,
+                           pixel,           p_.output.stride[4], index_pixel};
+        add_terms<true, L>(sums, run, phase - first, t.lanes, b.terms, b.term_ends);
       }
+      slot += run;
     }
   }
 
@@ -948,8 +953,8 @@ class Scatter {
             b.terms[count++] = {at, at, s_.offset_of(kd, kh, kw)};
           });
         });
-        add_terms<false, L>({b.sums + phase * phase_size_, b.grad, b.index, 0, 0, 0}, 1,
-                            t.slots * pixel, b.terms, count);
+        add_terms<false, L>({b.sums + phase * phase_size_, b.grad, b.index, 0, 0, 0}, 1, 1,
+                            t.slots * pixel, b.terms, &count);
       }
       write_row(t, ih, b.sums);
     }
