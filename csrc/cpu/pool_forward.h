@@ -337,11 +337,15 @@ class Forward {
     if (!codec_.is_lane || !inner_strides(p_.input) || !inner_strides(p_.output)) return;
     if (channels_last_) {
       direct_ = s_.taps() <= 9 || (s_.taps() <= 27 && s_.axis[0].kernel > 1);
-    } else if (w.dilation == 1 && s_.axis[0].kernel * h.kernel <= 9) {
+    } else if (w.dilation == 1 && rows_of_window() <= 9 &&
+               (rows_of_window() == 1 || w.out <= longest_buffered)) {
       row_kernel_ = row_kernel(w.stride, w.kernel);
       direct_ = row_kernel_ != nullptr;
     }
   }
+
+  static constexpr int64_t longest_buffered = 16384;  // windows in a row
+  int64_t rows_of_window() const { return s_.axis[0].kernel * s_.axis[1].kernel; }
 
   static RowKernel row_kernel(int64_t stride, int64_t kernel) {
     if (stride == 1 && kernel == 2) return across_rows<1, 2, indexed, last, L>;
@@ -379,7 +383,7 @@ class Forward {
       const int64_t bytes = s_.axis[0].kernel == 1 ? 4096 : 32768;
       const int64_t slots = bytes / int64_t(sizeof(L)) / (across_pitch() * s_.axis[0].kernel);
       chunk_ = std::max({slots / h.stride, extent(h, 1) / h.stride, int64_t{1}});
-      chunk_ = up(tile_.rows, up(tile_.rows, chunk_));
+      chunk_ = rows_of_window() == 1 ? 1 : up(tile_.rows, up(tile_.rows, chunk_));
     } else {
       const int64_t halo = (w.kernel - 1) * w.dilation + 1;
       if (extent(w, w.out) * group_ > budget)
@@ -432,7 +436,8 @@ class Forward {
   }
   int64_t result_size() const { return tile_.rows * tile_.columns * group_ + lanes<L>; }
   int64_t across_size() const {
-    return channels_last_ ? 0 : s_.axis[0].kernel * extent(s_.axis[1], chunk_) * across_pitch();
+    if (channels_last_ || rows_of_window() == 1) return 0;
+    return s_.axis[0].kernel * extent(s_.axis[1], chunk_) * across_pitch();
   }
   int64_t direct_indices() const {
     return (channels_last_ ? tile_.columns * group_ : chunk_ * tile_.columns) + lanes<L>;
@@ -569,7 +574,7 @@ class Forward {
       row_kernel_(reinterpret_cast<const L*>(input_at(t, id, ih, 0)), p_.input.stride[3], rows, w,
                   codec_.lowest, static_cast<I>(weight_[2]), to, room);
     };
-    if (t.rows == 1 && d.kernel * h.kernel == 1) {
+    if (rows_of_window() == 1) {
       const bool found = d.holds_input(d.input_of(t.od, 0)) && h.holds_input(first);
       if (found) pool(d.input_of(t.od, 0), first, 1, to, w.out);
       return found;
@@ -613,13 +618,15 @@ class Forward {
     if (row_count == 0) return pool_by_specification(t, oh);
     L* const output = reinterpret_cast<L*>(output_at(t, oh, 0));
     const int64_t in_pitch = p_.input.stride[4], out_pitch = p_.output.stride[4];
+    // Indices go on to memory a few pixels after their values, not in one burst a row.
+    const int64_t most = indexed ? std::max<int64_t>(256 / t.lanes, 1) : w.out;
     for (int64_t ow = 0; ow < w.out;) {
       int64_t first = 0, end = w.kernel;
       while (first < end && !w.holds_input(w.input_of(ow, first))) ++first;
       while (end > first && !w.holds_input(w.input_of(ow, end - 1))) --end;
       int64_t columns = 1;
       if (first == 0 && end == w.kernel)
-        while (ow + columns < w.out && whole(w, ow + columns)) ++columns;
+        while (columns < most && ow + columns < w.out && whole(w, ow + columns)) ++columns;
       int64_t tap_count = 0;
       for (int64_t r = 0; r < row_count; ++r)
         for (int64_t k = first; k < end; ++k)
