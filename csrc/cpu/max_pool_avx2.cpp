@@ -46,6 +46,13 @@ struct Masked : Blended {
       _mm256_maskstore_epi64(reinterpret_cast<long long*>(to), (__m256i)mask, (__m256i)v);
   }
 
+  // The same vector: the compiler may not load it anew for each use.
+  template <class L, class V>
+  static V in_register(V v) {
+    __asm__("" : "+x"(v));
+    return v;
+  }
+
   // As many choices of windows as there are lanes, or the first `count` of them; a tap in all.
   template <class L>
   static Wide<L> choices(const uint8_t* from) {

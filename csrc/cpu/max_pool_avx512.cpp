@@ -47,6 +47,13 @@ struct Masked {
       _mm512_mask_storeu_epi64(to, _mm512_movepi64_mask((__m512i)mask), (__m512i)v);
   }
 
+  // The same vector: the compiler may not load it anew for each use.
+  template <class L, class V>
+  static V in_register(V v) {
+    __asm__("" : "+v"(v));
+    return v;
+  }
+
   // As many choices of windows as there are lanes, a byte each, or the first `count` of them.
   template <class L>
   static __m128i choices(const uint8_t* from) {

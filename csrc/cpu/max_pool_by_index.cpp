@@ -59,7 +59,7 @@ class Scatter {
                      p_.index.stride[1] == 1 && planes_ > 1 && p_.input.stride[4] != 1;
     if (!channels_last_ && one_list(p_.input) && one_list(p_.output) && one_list(p_.index))
       planes_ *= images_, images_ = 1;
-    side_ = channels_last_ ? std::min<int64_t>(planes_, 64) : 4;
+    side_ = channels_last_ ? std::min<int64_t>(planes_, 64) : abreast;
     groups_ = (planes_ + side_ - 1) / side_;
 
     // A padded row holds its planes one after another, or those of every position together.
@@ -123,7 +123,8 @@ class Scatter {
     return (d * height_ + h) * row_ + w * step_;
   }
 
-  // Where an index points to: from the window's first tap, or from the first of the plane.
+  // Where an index points to: from the window's first tap, or from the first of the plane. With
+  // offsets of a byte in NCHW, a list for every plane beside the first follows.
   void list_entries() {
     const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
     entries_.assign(sizeof(Index) == 1 ? 256 : flat ? s_.inputs() : s_.taps(), nowhere);
@@ -138,6 +139,10 @@ class Scatter {
         for (int64_t kh = 0; kh < h.kernel; ++kh)
           for (int64_t kw = 0; kw < w.kernel; ++kw)
             entries_[entry++] = padded(kd * d.dilation, kh * h.dilation, kw * w.dilation);
+      if (sizeof(Index) > 1 || channels_last_) return;
+      for (int64_t plane = 1; plane < abreast; ++plane)
+        for (size_t k = 0; k < 256; ++k)
+          entries_.push_back(entries_[k] == nowhere ? nowhere : entries_[k] + plane * pitch_);
     }
   }
 
@@ -205,7 +210,6 @@ class Scatter {
   void add_row(const Band& b, int64_t od, int64_t oh, Total<T>* to, int64_t first) const {
     const RawView &g = p_.output, &x = p_.index;
     using One = std::integral_constant<int64_t, 1>;
-    using Four = std::integral_constant<int64_t, 4>;
     const T* const grad = static_cast<const T*>(g.data) + place(g, b.n, b.plane, od, oh, 0);
     const Index* const index =
         static_cast<const Index*>(x.data) + place(x, b.n, b.plane, od, oh, 0);
@@ -214,12 +218,31 @@ class Scatter {
         add(One{}, b.planes, grad + ow * g.stride[4], index + ow * x.stride[4],
             to + ow * s_.axis[2].stride * step_, first + ow * s_.axis[2].stride * step_, 0, One{},
             0, One{}, 0, One{});
-    else if (b.planes == 4 && g.stride[4] == 1 && x.stride[4] == 1)
-      add(s_.axis[2].out, Four{}, grad, index, to, first, One{}, g.stride[1], One{}, x.stride[1],
-          s_.axis[2].stride, pitch_);
+    else if (sizeof(Index) == 1 && !flat && b.planes == abreast && g.stride[4] == 1 &&
+             x.stride[4] == 1 && g.stride[1] == x.stride[1])
+      add_abreast(grad, index, to, g.stride[1]);
     else
       add(s_.axis[2].out, b.planes, grad, index, to, first, g.stride[4], g.stride[1], x.stride[4],
           x.stride[1], s_.axis[2].stride, pitch_);
+  }
+
+  // A row of windows with offsets of a byte, planes side by side: in two halves, for which the
+  // processor has registers enough.
+  void add_abreast(const T* grad, const Index* index, Total<T>* to, int64_t pitch) const {
+    const int64_t* const entries = entries_.data();
+    const int64_t windows = s_.axis[2].out, step = s_.axis[2].stride;
+    for (int64_t ow = 0; ow < windows; ++ow, ++grad, ++index, to += step) {
+#pragma GCC unroll 2
+      for (int64_t half = 0; half < abreast; half += abreast / 2) {
+        const T* const grads = grad + half * pitch;
+        const Index* const indices = index + half * pitch;
+#pragma GCC unroll 4
+        for (int64_t plane = 0; plane < abreast / 2; ++plane) {
+          const int64_t behind = entries[(half + plane) * 256 + int64_t(indices[plane * pitch])];
+          if (behind != nowhere) to[behind] = sum_of<T>(to[behind], grads[plane * pitch]);
+        }
+      }
+    }
   }
 
   // Windows along a row times planes; their steps are constants where they are known.
@@ -231,6 +254,7 @@ class Scatter {
     const int64_t* const entries = entries_.data();
     const uint64_t size = entries_.size(), room = static_cast<uint64_t>(room_);
     for (int64_t ow = 0; ow < windows; ++ow) {
+#pragma GCC unroll 8
       for (int64_t plane = 0; plane < planes; ++plane) {
         const uint64_t entry = static_cast<uint64_t>(index[plane * x_pitch]);
         if (sizeof(Index) > 1 && entry >= size) continue;
@@ -244,6 +268,7 @@ class Scatter {
   }
 
   static constexpr int64_t nowhere = int64_t{1} << 60;
+  static constexpr int64_t abreast = 8;  // planes of NCHW
 
   const PoolProblem& p_;
   const PoolShape& s_;

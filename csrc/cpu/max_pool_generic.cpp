@@ -30,6 +30,11 @@ struct Masked : Blended {
       if (mask[i]) to[i] = v[i];
   }
 
+  template <class L, class V>
+  static V in_register(V v) {
+    return v;
+  }
+
   // As many choices of windows as there are lanes, or the first `count` of them; a tap in all. Lane
   // i of a vector holds byte i where it lies in the word of all bytes.
   template <class L>

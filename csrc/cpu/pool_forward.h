@@ -6,7 +6,9 @@
 // keeps its place in every step, so ties, NaN and the sign of a zero come out as in one scan.
 //
 // Two ways through it, Forward::pool chooses:
-//   direct   small windows: every tap is loaded from the input itself
+//   direct   small windows: every tap is loaded from the input itself; in NCHW the winners along
+//            the width of a few rows are kept in a small buffer, so that every row is read once
+//            and rows one after another, as the processor's prefetching likes it
 //   staged   the input of a tile is copied to lanes, padded with the lowest value and with the
 //            columns of one stride phase side by side; long windows by doubling
 //
@@ -123,16 +125,18 @@ struct Rows {
 };
 
 // to[r][i] = the winner among from[r][i + tap], r < rows, i < count. May work in place on a single
-// row. Unless `exact`, up to a vector behind every row is read and written too.
+// row. Unless `exact`, up to a vector behind every row is read and written too (of indices always).
 template <bool indexed, bool last, bool exact, bool carried, class L>
 void fold_as(Rows<L> to, Rows<L> from, int64_t rows, int64_t count, const Tap* taps,
              int64_t tap_count) {
   using I = LaneIndex<L>;
+  const bool whole = !exact || count >= lanes<L>;
   for (int64_t r = 0; r < rows; ++r) {
     const L* const value = from.value + r * from.pitch;
     const I* const index = carried ? from.index + r * from.pitch : nullptr;
     for (int64_t i = 0; i < count; i += lanes<L>) {
-      const bool whole = !exact || i + lanes<L> <= count;
+      // The last vector overlaps the one before it rather than being a part of one.
+      if (exact && whole) i = std::min(i, count - lanes<L>);
       const auto tap = [&](const Tap& t) {
         Best<L> best;
         const L* const place = value + i + t.at;
@@ -155,14 +159,7 @@ void fold_as(Rows<L> to, Rows<L> from, int64_t rows, int64_t count, const Tap* t
   }
 }
 
-// ---- small windows, straight from the input
-// ------------------------------------------------------
-
-template <class L>
-struct InputRow {
-  const L* data;
-  LaneIndex<L> index;  // what the row adds to the index
-};
+// ---- small windows, straight from the input -----------------------------------------------------
 
 // What is loaded for V = lanes<L> windows next to each other in one row: vectors that begin at
 // these places, none reaching beyond the last window's last tap.
@@ -175,18 +172,17 @@ struct Loads {
   }
 };
 
-// The winners of those windows, `first` the position of the first tap; masks as in pool_row. With a
-// stride of 2 their lanes are in blockwise order.
+// The winners of those windows, `from` the place of the first tap; masks as in across_rows. With a
+// stride of 2 their lanes are put in order at the end.
 template <int stride, int kernel, bool clipped, bool indexed, bool last, class L>
-inline Best<L> row_winners(const InputRow<L>& row, int64_t first, const VecIndex<L>* masks, L low,
-                           LaneIndex<L> step) {
+inline Best<L> row_winners(const L* from, const VecIndex<L>* masks, L low, LaneIndex<L> step) {
+  using I = LaneIndex<L>;
   using Parts = Loads<stride, kernel, lanes<L>>;
   Vec<L> part[Parts::count];
 #pragma GCC unroll 4
-  for (int n = 0; n < Parts::count; ++n) {
-    const L* const from = row.data + first + Parts::place(n);
-    part[n] = clipped ? Masked::load(from, masks[n], broadcast(low)) : load(from);
-  }
+  for (int n = 0; n < Parts::count; ++n)
+    part[n] = clipped ? Masked::load(from + Parts::place(n), masks[n], broadcast(low))
+                      : load(from + Parts::place(n));
   Vec<L> tap[kernel];
   if constexpr (stride == 1) {
 #pragma GCC unroll 4
@@ -209,49 +205,47 @@ inline Best<L> row_winners(const InputRow<L>& row, int64_t first, const VecIndex
     tap[2] = odds<L>(even[0], even[1]);
     tap[3] = odds<L>(odd[0], odd[1]);
   }
-  Best<L> best{tap[0], broadcast(row.index)};
+  Best<L> best{tap[0], VecIndex<L>{}};
 #pragma GCC unroll 4
   for (int k = 1; k < kernel; ++k)
-    challenge<indexed, last, L>(
-        best, Best<L>{tap[k], broadcast(static_cast<LaneIndex<L>>(row.index + k * step))});
+    challenge<indexed, last, L>(best, Best<L>{tap[k], broadcast(static_cast<I>(k * step))});
+  if constexpr (stride == 2) {
+    best.value = in_order<L>(best.value);
+    if constexpr (indexed) best.index = in_order<I>(best.index);
+  }
   return best;
 }
 
-// One row of outputs from the rows of the input that its windows meet.
+// The winners along the width of rows of inputs, `pitch` apart. `room` values of a row may be
+// written.
 template <int stride, int kernel, bool indexed, bool last, class L>
-void pool_row(const InputRow<L>* rows, int64_t row_count, const Axis& width, L low,
-              LaneIndex<L> step, L* output, LaneIndex<L>* index) {
-  using I = LaneIndex<L>;
+void across_rows(const L* from, int64_t pitch, int64_t rows, const Axis& width, L low,
+                 LaneIndex<L> step, Rows<L> to, int64_t room) {
   constexpr int V = lanes<L>;
   using Parts = Loads<stride, kernel, V>;
-  for (int64_t o = 0; o < width.out; o += V) {
-    // The last vector overlaps the one before it rather than being a part of one.
-    if (o + V > width.out && width.out >= V) o = width.out - V;
-    const int64_t first = o * stride - width.pad;
-    VecIndex<L> masks[Parts::count];
-    const auto winners = [&](auto clipped) {
-      const auto of_row = [&](const InputRow<L>& row) {
-        return row_winners<stride, kernel, decltype(clipped)::value, indexed, last, L>(
-            row, first, masks, low, step);
-      };
-      Best<L> best = of_row(rows[0]);
-      for (int64_t r = 1; r < row_count; ++r) challenge<indexed, last, L>(best, of_row(rows[r]));
-      return best;
-    };
-    Best<L> best;
-    if (first >= 0 && first + (V - 1) * stride + kernel <= width.in) {
-      best = winners(std::false_type{});
-    } else {
-      for (int n = 0; n < Parts::count; ++n)
-        masks[n] = inside<L>(first + Parts::place(n), width.in);
-      best = winners(std::true_type{});
+  const int64_t end = std::max<int64_t>(width.out - V, 0);  // where the last vector begins
+  const auto clip = [&](int64_t o, VecIndex<L>* masks) {
+    for (int n = 0; n < Parts::count; ++n)
+      masks[n] = inside<L>(o * stride - width.pad + Parts::place(n), width.in);
+  };
+  VecIndex<L> at_start[Parts::count], at_end[Parts::count], between[Parts::count];
+  clip(0, at_start), clip(end, at_end);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t o = 0; o < width.out; o += V) {
+      o = std::min(o, end);  // the last vector overlaps the one before it
+      const int64_t first = o * stride - width.pad;
+      const L* const place = from + r * pitch + first;
+      Best<L> best;
+      if (first >= 0 && first + (V - 1) * stride + kernel <= width.in) {
+        best = row_winners<stride, kernel, false, indexed, last, L>(place, nullptr, low, step);
+      } else {
+        if (o != 0 && o != end) clip(o, between);
+        const VecIndex<L>* const masks = o == 0 ? at_start : o == end ? at_end : between;
+        best = row_winners<stride, kernel, true, indexed, last, L>(place, masks, low, step);
+      }
+      store_clipped(to.value + r * to.pitch, o, room, best.value);
+      if constexpr (indexed) store(to.index + r * to.pitch + o, best.index);
     }
-    if constexpr (stride == 2) {
-      best.value = in_order<L>(best.value);
-      if constexpr (indexed) best.index = in_order<I>(best.index);
-    }
-    store_clipped(output, o, width.out, best.value);
-    if constexpr (indexed) store(index + o, best.index);
   }
 }
 
@@ -307,16 +301,20 @@ class Forward {
 
  private:
   using I = LaneIndex<L>;
-  using RowKernel = void (*)(const InputRow<L>*, int64_t, const Axis&, L, I, L*, I*);
+  using RowKernel = void (*)(const L*, int64_t, int64_t, const Axis&, L, I, Rows<L>, int64_t);
 
   // Outputs [row, row + rows) x [column, column + columns) of depth od, for `lanes` channels.
   struct Tile {
     int64_t n = 0, channel = 0, lanes = 1, od = 0, row = 0, rows = 0, column = 0, columns = 0;
   };
+  struct InputRow {
+    const L* data;
+    int64_t index;  // what the row adds to the index
+  };
   struct Buffers {
     L* staged;
     Rows<L> across, down, deep;
-    InputRow<L>* input_rows;
+    InputRow* input_rows;
     Tap* taps;
   };
 
@@ -339,18 +337,22 @@ class Forward {
     if (!codec_.is_lane || !inner_strides(p_.input) || !inner_strides(p_.output)) return;
     if (channels_last_) {
       direct_ = s_.taps() <= 9 || (s_.taps() <= 27 && s_.axis[0].kernel > 1);
-    } else if (w.dilation == 1 && s_.axis[0].kernel * h.kernel <= 9) {
+    } else if (w.dilation == 1 && rows_of_window() <= 9 &&
+               (rows_of_window() == 1 || w.out <= longest_buffered)) {
       row_kernel_ = row_kernel(w.stride, w.kernel);
       direct_ = row_kernel_ != nullptr;
     }
   }
 
+  static constexpr int64_t longest_buffered = 16384;  // windows in a row
+  int64_t rows_of_window() const { return s_.axis[0].kernel * s_.axis[1].kernel; }
+
   static RowKernel row_kernel(int64_t stride, int64_t kernel) {
-    if (stride == 1 && kernel == 2) return pool_row<1, 2, indexed, last, L>;
-    if (stride == 1 && kernel == 3) return pool_row<1, 3, indexed, last, L>;
-    if (stride == 2 && kernel == 2) return pool_row<2, 2, indexed, last, L>;
-    if (stride == 2 && kernel == 3) return pool_row<2, 3, indexed, last, L>;
-    if (stride == 4 && kernel == 4) return pool_row<4, 4, indexed, last, L>;
+    if (stride == 1 && kernel == 2) return across_rows<1, 2, indexed, last, L>;
+    if (stride == 1 && kernel == 3) return across_rows<1, 3, indexed, last, L>;
+    if (stride == 2 && kernel == 2) return across_rows<2, 2, indexed, last, L>;
+    if (stride == 2 && kernel == 3) return across_rows<2, 3, indexed, last, L>;
+    if (stride == 4 && kernel == 4) return across_rows<4, 4, indexed, last, L>;
     return nullptr;
   }
 
@@ -376,6 +378,12 @@ class Forward {
     if (direct_) {
       const int64_t row = w.out * group_ * s_.taps();
       tile_.rows = std::clamp<int64_t>(16384 / row, 1, h.out);
+      // A chunk's winners along the width: few enough that reading the input hardly pauses, or
+      // whole planes rather than strips of several in turns.
+      const int64_t bytes = s_.axis[0].kernel == 1 ? 4096 : 32768;
+      const int64_t slots = bytes / int64_t(sizeof(L)) / (across_pitch() * s_.axis[0].kernel);
+      chunk_ = std::max({slots / h.stride, extent(h, 1) / h.stride, int64_t{1}});
+      chunk_ = rows_of_window() == 1 ? 1 : up(tile_.rows, up(tile_.rows, chunk_));
     } else {
       const int64_t halo = (w.kernel - 1) * w.dilation + 1;
       if (extent(w, w.out) * group_ > budget)
@@ -427,19 +435,28 @@ class Forward {
     return w.stride * (phase_size_ + (w.kernel - 1) * w.dilation / w.stride * group_) + lanes<L>;
   }
   int64_t result_size() const { return tile_.rows * tile_.columns * group_ + lanes<L>; }
+  int64_t across_size() const {
+    if (channels_last_ || rows_of_window() == 1) return 0;
+    return s_.axis[0].kernel * extent(s_.axis[1], chunk_) * across_pitch();
+  }
+  int64_t direct_indices() const {
+    return (channels_last_ ? tile_.columns * group_ : chunk_ * tile_.columns) + lanes<L>;
+  }
   int64_t scratch_bytes() const {
     const int64_t both = sizeof(L) + sizeof(I), slack = 1024;
-    int64_t bytes = s_.axis[0].kernel * s_.axis[1].kernel * int64_t(sizeof(InputRow<L>)) +
+    int64_t bytes = s_.axis[0].kernel * s_.axis[1].kernel * int64_t(sizeof(InputRow)) +
                     tap_room() * int64_t(sizeof(Tap)) + slack;
-    if (direct_) return bytes + (tile_.columns * group_ + lanes<L>)*int64_t(sizeof(I));
+    if (direct_) return bytes + across_size() * both + direct_indices() * int64_t(sizeof(I));
     return bytes + staged_size() * both + (phase_size_ + lanes<L>)*both + 2 * result_size() * both;
   }
   Buffers take_buffers(Scratch& scratch) const {
     Buffers b{};
-    b.input_rows = scratch.take<InputRow<L>>(s_.axis[0].kernel * s_.axis[1].kernel);
+    b.input_rows = scratch.take<InputRow>(s_.axis[0].kernel * s_.axis[1].kernel);
     b.taps = scratch.take<Tap>(tap_room());
     if (direct_) {
-      b.down.index = scratch.take<I>(tile_.columns * group_ + lanes<L>);
+      b.across.value = scratch.take<L>(across_size());
+      b.across.index = scratch.take<I>(across_size());
+      b.down.index = scratch.take<I>(direct_indices());
       return b;
     }
     const auto rows = [&](int64_t size) {
@@ -514,15 +531,78 @@ class Forward {
   }
 
   void pool(const Tile& t, const Buffers& b) const {
-    if (!direct_)
-      pool_staged(t, b);
-    else
-      for (int64_t oh = t.row; oh < t.row + t.rows; ++oh) pool_direct(t, oh, b);
+    if (!direct_) return pool_staged(t, b);
+    if (!channels_last_) return pool_rows(t, b);
+    for (int64_t oh = t.row; oh < t.row + t.rows; ++oh) pool_pixels(t, oh, b);
   }
 
   // ---- direct
 
-  void pool_direct(const Tile& t, int64_t oh, const Buffers& b) const {
+  void pool_by_specification(const Tile& t, int64_t oh) const {
+    for (int64_t ow = t.column; ow < t.column + t.columns; ++ow)
+      for (int64_t c = 0; c < t.lanes; ++c)
+        max_pool_forward_at(p_, {t.n, t.channel + c, t.od, oh, ow});
+  }
+
+  void pool_rows(const Tile& t, const Buffers& b) const {
+    const Axis& h = s_.axis[1];
+    for (int64_t row = t.row; row < t.row + t.rows; row += chunk_) {
+      Tile chunk = t;
+      chunk.row = row, chunk.rows = std::min(chunk_, t.row + t.rows - row);
+      const bool found = pool_chunk(chunk, b);
+      for (int64_t oh = row; oh < row + chunk.rows; ++oh) {
+        if (!found) {
+          pool_by_specification(t, oh);
+        } else if constexpr (indexed) {
+          write_row_index(t, oh, b.down.index + (oh - row) * index_pitch());
+          repair_row(t, oh, whole(h, oh), reinterpret_cast<const L*>(output_at(t, oh, 0)));
+        }
+      }
+    }
+  }
+
+  // Rows of the output, and their indices without the position of the window: false if there is no
+  // plane of inputs.
+  bool pool_chunk(const Tile& t, const Buffers& b) const {
+    const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
+    const int64_t first = h.input_of(t.row, 0), rows = extent(h, t.rows), pitch = across_pitch();
+    const int64_t top = std::clamp<int64_t>(-first, 0, rows);
+    const int64_t bottom = std::clamp<int64_t>(h.in - first, top, rows);
+    const Rows<L> to{reinterpret_cast<L*>(output_at(t, t.row, 0)), b.down.index, index_pitch()};
+    Rows<L> across{b.across.value, indexed ? b.across.index : nullptr, pitch};
+    const auto pool = [&](int64_t id, int64_t ih, int64_t rows, Rows<L> to, int64_t room) {
+      row_kernel_(reinterpret_cast<const L*>(input_at(t, id, ih, 0)), p_.input.stride[3], rows, w,
+                  codec_.lowest, static_cast<I>(weight_[2]), to, room);
+    };
+    if (rows_of_window() == 1) {
+      const bool found = d.holds_input(d.input_of(t.od, 0)) && h.holds_input(first);
+      if (found) pool(d.input_of(t.od, 0), first, 1, to, w.out);
+      return found;
+    }
+    int64_t tap_count = 0;
+    for (int64_t kd = 0; kd < d.kernel; ++kd) {
+      const int64_t id = d.input_of(t.od, kd);
+      if (!d.holds_input(id)) continue;
+      const Rows<L> plane = across.at(tap_count / h.kernel * rows * pitch);
+      std::fill_n(plane.value, top * pitch, codec_.lowest);
+      std::fill_n(plane.value + bottom * pitch, (rows - bottom) * pitch, codec_.lowest);
+      pool(id, first + top, bottom - top, plane.at(top * pitch), pitch);
+      for (int64_t kh = 0; kh < h.kernel; ++kh)
+        b.taps[tap_count++] = {(plane.value - across.value) + kh * h.dilation * pitch,
+                               kd * weight_[0] + kh * weight_[1]};
+    }
+    across.pitch = h.stride * pitch;
+    if (tap_count > 0)
+      fold_rows<indexed>(to, p_.output.stride[3], across, t.rows, t.columns, b.taps, tap_count);
+    return tap_count > 0;
+  }
+
+  // Winners along the width in a row of the buffer, and indices of a row of outputs.
+  int64_t across_pitch() const { return up(s_.axis[2].out, lanes<L>) * lanes<L>; }
+  int64_t index_pitch() const { return s_.axis[2].out; }
+
+  // Channels innermost: the taps of a window that exist, whole pixels at a time.
+  void pool_pixels(const Tile& t, int64_t oh, const Buffers& b) const {
     const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
     int64_t row_count = 0;
     for (int64_t kd = 0; kd < d.kernel; ++kd) {
@@ -532,40 +612,21 @@ class Forward {
         const int64_t ih = h.input_of(oh, kh);
         if (!h.holds_input(ih)) continue;
         b.input_rows[row_count++] = {reinterpret_cast<const L*>(input_at(t, id, ih, 0)),
-                                     static_cast<I>(kd * weight_[0] + kh * weight_[1])};
+                                     kd * weight_[0] + kh * weight_[1]};
       }
     }
-    if (row_count == 0) {
-      for (int64_t ow = 0; ow < w.out; ++ow)
-        for (int64_t c = 0; c < t.lanes; ++c)
-          max_pool_forward_at(p_, {t.n, t.channel + c, t.od, oh, ow});
-      return;
-    }
+    if (row_count == 0) return pool_by_specification(t, oh);
     L* const output = reinterpret_cast<L*>(output_at(t, oh, 0));
-    if (channels_last_) return pool_direct_columns(t, oh, row_count, output, b);
-    for (int64_t r = 0; r < row_count; ++r)
-      if (r % h.kernel >= h.kernel - h.stride)
-        prefetch_behind(b.input_rows[r].data, w.in * int64_t(sizeof(L)));
-    row_kernel_(b.input_rows, row_count, w, codec_.lowest, static_cast<I>(weight_[2]), output,
-                b.down.index);
-    if constexpr (indexed) {
-      write_row_index(t, oh, b.down.index);
-      repair_row(t, oh, true, output);
-    }
-  }
-
-  // Channels innermost: the taps of a window that exist, whole pixels at a time.
-  void pool_direct_columns(const Tile& t, int64_t oh, int64_t row_count, L* output,
-                           const Buffers& b) const {
-    const Axis& w = s_.axis[2];
     const int64_t in_pitch = p_.input.stride[4], out_pitch = p_.output.stride[4];
+    // Indices go on to memory a few pixels after their values, not in one burst a row.
+    const int64_t most = indexed ? std::max<int64_t>(256 / t.lanes, 1) : w.out;
     for (int64_t ow = 0; ow < w.out;) {
       int64_t first = 0, end = w.kernel;
       while (first < end && !w.holds_input(w.input_of(ow, first))) ++first;
       while (end > first && !w.holds_input(w.input_of(ow, end - 1))) --end;
       int64_t columns = 1;
       if (first == 0 && end == w.kernel)
-        while (ow + columns < w.out && whole(w, ow + columns)) ++columns;
+        while (columns < most && ow + columns < w.out && whole(w, ow + columns)) ++columns;
       int64_t tap_count = 0;
       for (int64_t r = 0; r < row_count; ++r)
         for (int64_t k = first; k < end; ++k)
@@ -577,7 +638,7 @@ class Forward {
       } else {
         const Rows<L> from{const_cast<L*>(b.input_rows[0].data), nullptr, w.stride * in_pitch};
         const Rows<L> to{output + ow * out_pitch, b.down.index, t.lanes};
-        fold_columns(to, out_pitch, from, columns, t.lanes, b.taps, tap_count);
+        fold_rows<false>(to, out_pitch, from, columns, t.lanes, b.taps, tap_count);
         if constexpr (indexed) {
           Tile part = t;
           part.column = ow, part.columns = columns;
@@ -588,15 +649,18 @@ class Forward {
     }
   }
 
-  // fold_as with different pitches of values and indices in the result.
-  void fold_columns(Rows<L> to, int64_t value_pitch, Rows<L> from, int64_t columns, int64_t count,
-                    const Tap* taps, int64_t tap_count) const {
-    if (to.pitch == value_pitch)
-      return fold_as<indexed, last, true, false, L>(to, from, columns, count, taps, tap_count);
-    for (int64_t j = 0; j < columns; ++j) {
-      Rows<L> one{to.value + j * value_pitch, to.index + j * to.pitch, 0};
-      fold_as<indexed, last, true, false, L>(one, from.at(j * from.pitch), 1, count, taps,
-                                             tap_count);
+  // fold_as, to rows of values `value_pitch` apart and of indices to.pitch apart.
+  template <bool carried>
+  void fold_rows(Rows<L> to, int64_t value_pitch, Rows<L> from, int64_t rows, int64_t count,
+                 const Tap* taps, int64_t tap_count) const {
+    constexpr auto* fold = fold_as<indexed, last, true, carried, L>;
+    if (!indexed || to.pitch == value_pitch) {
+      to.pitch = value_pitch;
+      return fold(to, from, rows, count, taps, tap_count);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const Rows<L> one{to.value + r * value_pitch, to.index + r * to.pitch, 0};
+      fold(one, from.at(r * from.pitch), 1, count, taps, tap_count);
     }
   }
 
@@ -767,5 +831,6 @@ class Forward {
   int64_t weight_[3] = {0, 0, 0};
   Tile tile_;
   int64_t group_ = 1, blocks_ = 1, bands_ = 1, strips_ = 1;
+  int64_t chunk_ = 1;  // rows of outputs at once, direct in NCHW
   int64_t slots_ = 0, staged_rows_ = 0, phase_size_ = 0;
 };

@@ -42,8 +42,9 @@ bool forward(const PoolProblem& p) {
   return true;
 }
 
-// Every input asks every window that reaches it, where those are few. Others are left to the
-// lookup of max_pool_by_index.cpp, which does one output after another.
+// Every input asks every window that reaches it, where those are few and stand as a kernel wants
+// them. Others are left to the lookup of max_pool_by_index.cpp, which does one output after
+// another.
 template <class L, class T>
 bool scatter(const PoolProblem& p) {
   int64_t windows = 1;  // that reach an input
@@ -53,8 +54,9 @@ bool scatter(const PoolProblem& p) {
     if (p.kind == IndexKind::flat && (a.kernel - 1) * a.dilation >= a.in) return false;
   }
   // With channels innermost a window is a whole vector for each of its taps.
-  const bool pixels = p.input.stride[1] == 1 && p.shape.channels >= lanes<L> && lanes<L> >= 8;
-  if (windows > (pixels ? 25 : 9) || p.shape.taps() > 32) return false;
+  const bool pixels = p.input.stride[1] == 1 && p.shape.channels >= lanes<L>;
+  if (windows > std::max(pixels ? lanes<L> : 0, 9) || p.shape.taps() > 32) return false;
+  if (!Scatter<L>::has_way(p)) return false;
   const SumCodec<L> codec = SumCodec<L>::template of<T>(p.index_type);
   Scatter<L>(p, codec).run();
   return true;

@@ -1,5 +1,5 @@
 // The gradient of the vector rows, for small windows. Included after pool_forward.h. Start reading
-// at Scatter::run: rows (NCHW), pixels (channels innermost), or staged for the rest.
+// at Scatter::run: rows (NCHW), pixels (channels innermost), or staged (those of other types).
 //
 // As a gather: an input belongs to few windows, and gets the gradient of those whose index names
 // it. The inputs of one stride phase are lanes next to each other, and so are the windows that
@@ -41,14 +41,7 @@ void write_sums(void* to, int64_t stride, int64_t count, const Lane<T>* __restri
   else
     for (int64_t i = 0; i < count; ++i) target[i * stride] = from_sum<T>(from[i]);
 }
-// to[i * phases + phase] = from[phase * pitch + i]
-template <class T, int phases>
-void write_joined(void* to, int64_t count, const Lane<T>* __restrict from, int64_t pitch) {
-  T* const target = static_cast<T*>(to);
-  for (int64_t i = 0; i < count; ++i)
-    for (int phase = 0; phase < phases; ++phase)
-      target[i * phases + phase] = from_sum<T>(from[phase * pitch + i]);
-}
+
 // A choice is the number of a tap in its window, a byte; this one is no tap's.
 constexpr uint8_t nobody = 255;
 
@@ -114,7 +107,6 @@ struct SumCodec {
   bool is_lane;
   void (*read)(const void*, int64_t, int64_t, L*);
   void (*write)(void*, int64_t, int64_t, const L*);
-  void (*join[5])(void*, int64_t, const L*, int64_t);  // by the number of phases
   void (*read_index)(const void*, int64_t, int64_t, uint8_t*);
   void (*read_position)(const void*, int64_t, int64_t, uint8_t*, int64_t, int64_t,
                         const std::vector<uint8_t>&);
@@ -122,15 +114,8 @@ struct SumCodec {
 
   template <class T>
   static SumCodec of(IndexType type) {
-    SumCodec codec{sizeof(T),
-                   0,
-                   is_lane_type<T>,
-                   read_terms<T>,
-                   write_sums<T>,
-                   {nullptr, nullptr, write_joined<T, 2>, write_joined<T, 3>, write_joined<T, 4>},
-                   nullptr,
-                   nullptr,
-                   nullptr};
+    SumCodec codec{sizeof(T),     0,       is_lane_type<T>, read_terms<T>,
+                   write_sums<T>, nullptr, nullptr,         nullptr};
     const auto set = [&](auto tag) {
       using Index = decltype(tag);
       codec.index_size = sizeof(Index);
@@ -166,8 +151,9 @@ struct Term {
   int64_t grad, index, own;
 };
 
-// to[r][i] = the sum of the terms that chose input (r, i), in their order, from +0. Unless `exact`,
-// up to a vector behind every row is read and written.
+// to[r][p][i] = the sum of the terms of phase p that chose input (r, p, i), in their order, from
+// +0; term_ends says where those of a phase end. Unless `exact`, up to a vector behind every row is
+// read and written.
 template <class L>
 struct Sums {
   L* to;
@@ -176,18 +162,21 @@ struct Sums {
   int64_t to_pitch, grad_pitch, index_pitch;
 };
 template <bool exact, class L>
-void add_terms(const Sums<L>& s, int64_t rows, int64_t count, const Term* terms,
-               int64_t term_count) {
+void add_terms(const Sums<L>& s, int64_t rows, int64_t phases, int64_t count, const Term* all_terms,
+               const int64_t* term_ends) {
   constexpr int V = lanes<L>;
-  for (int64_t r = 0; r < rows; ++r) {
-    const L* const grad = s.grad + r * s.grad_pitch;
-    const uint8_t* const index = s.index + r * s.index_pitch;
-    L* const to = s.to + r * s.to_pitch;
+  L* to = s.to;
+  for (int64_t row = 0, phase = 0; row < rows; to += s.to_pitch) {
+    const L* const grad = s.grad + row * s.grad_pitch;
+    const uint8_t* const index = s.index + row * s.index_pitch;
+    const Term* const terms = all_terms + (phase == 0 ? 0 : term_ends[phase - 1]);
+    const Term* const terms_end = all_terms + term_ends[phase];
+    if (++phase == phases) phase = 0, ++row;
     const auto sums = [&](int64_t i, auto vectors, bool whole) {
       constexpr int n = decltype(vectors)::value;
       Vec<L> sum[n] = {};
-      for (int64_t k = 0; k < term_count; ++k) {
-        const Term& t = terms[k];
+      for (const Term* term = terms; term != terms_end; ++term) {
+        const Term& t = *term;
         const Choices<L> own = Masked::choice<L>(t.own);
         for (int v = 0; v < n; ++v) {
           const L* const g = grad + t.grad + i + v * V;
@@ -269,7 +258,7 @@ void expand_rows(GradRow<L> row, int64_t grad_pitch, int64_t index_pitch, int64_
                  int64_t windows, int64_t height, L* to, int64_t pitch) {
   constexpr int V = lanes<L>;
   for (int64_t r = 0; r < rows; ++r) {
-    prefetch_behind(to, height * windows * stride * int64_t(sizeof(L)));
+    prefetch_behind(to, height, windows * stride * int64_t(sizeof(L)));
     for (int64_t o = 0; o < windows; o += V) {
       // The last vector overlaps the one before it.
       if (windows >= V) o = std::min(o, windows - V);
@@ -387,21 +376,22 @@ void scatter_blocks(const GradRow<L>* planes, int64_t plane_count, int64_t grad_
   for (int64_t row = 0; row < rows; row += B::rows) {
     row = std::min(row, rows - B::rows);  // the last block overlaps the one before it
     const int64_t first = static_cast<int64_t>(static_cast<uint64_t>(row) / stride);
-    prefetch_behind(to + row * pitch, B::rows * size * int64_t(sizeof(L)));
+    prefetch_behind(to + row * pitch, B::rows, size * int64_t(sizeof(L)));
     for (int64_t i = 0; i < size; i += stride * V) {
       if (overlap) i = std::min(i, whole);
       const int64_t window = static_cast<int64_t>(static_cast<uint64_t>(i) / stride);
       Vec<L> sum[B::rows][stride] = {};
       for (int64_t p = 0; p < plane_count; ++p) {
         const Choices<L> first_tap = *planes[p].own;
+        const L* grads = planes[p].grad + first * grad_pitch + window;
+        const uint8_t* indices = planes[p].index + first * index_pitch + window;
 #pragma GCC unroll 8
-        for (int m = 0; m < B::windows; ++m) {
-          const L* const grads = planes[p].grad + (first + m) * grad_pitch + window;
-          const uint8_t* const indices = planes[p].index + (first + m) * index_pitch + window;
+        for (int m = 0; m < B::windows; ++m, grads += grad_pitch, indices += index_pitch) {
 #pragma GCC unroll 8
           for (int n = 0; n < Windows::count; ++n) {
-            const Vec<L> grad = load(grads + n);
-            const Choices<L> chosen = Masked::minus<L>(Masked::choices<L>(indices + n), first_tap);
+            const Vec<L> grad = Masked::in_register<L>(load(grads + n));
+            const Choices<L> chosen = Masked::in_register<L>(
+                Masked::minus<L>(Masked::choices<L>(indices + n), first_tap));
 #pragma GCC unroll 4
             for (int r = 0; r < B::rows; ++r) {
 #pragma GCC unroll 4
@@ -472,20 +462,19 @@ class Scatter {
           phase_taps_.push_back({(k * w.dilation - phase) / w.stride, k});
     }
     phase_start_.push_back(phase_taps_.size());
-    channels_last_ = p_.input.stride[1] == 1 && p_.output.stride[1] == 1 &&
-                     p_.index.stride[1] == 1 && s_.channels > 1 && p_.input.stride[4] != 1;
+    channels_last_ = is_channels_last(p_);
     if (p_.kind == IndexKind::flat) list_positions();
     if (channels_last_)
       direct_ = codec_.is_lane, disjoint_ = windows_are_disjoint();
-    else if (w.dilation == 1)
+    else
       choose_rows();
 
     group_ = !channels_last_ ? 1 : s_.channels <= (disjoint_ ? 1024 : 256) ? s_.channels : 128;
     blocks_ = up(s_.channels, group_);
-    if (!rows_way_) margin_ = (w.kernel - 1) * w.dilation / w.stride, lead_ = -margin_;
+    if (channels_last_) margin_ = (w.kernel - 1) * w.dilation / w.stride, lead_ = -margin_;
     // The tile: slots of the width (a slot is `stride` inputs), rows of one plane.
-    const int64_t all = up(rows_way_ ? w.in : w.in + w.pad, w.stride);
-    const int64_t budget = (direct_ ? 65536 : rows_way_ ? 16384 : 8192) / int64_t(sizeof(L));
+    const int64_t all = slots_of(w);
+    const int64_t budget = (direct_ ? 65536 : channels_last_ ? 8192 : 16384) / int64_t(sizeof(L));
     slots_ = std::clamp<int64_t>(std::max(budget / group_, 2 * margin_), 1, all);
     slots_ = up(all, up(all, slots_));
     strips_ = up(all, slots_);
@@ -499,6 +488,15 @@ class Scatter {
     phase_size_ = slots_ * group_ + lanes<L>;
   }
 
+  // Is there a way for the call? In NCHW, looking up is faster than a gather of other windows than
+  // those of the row kernels.
+  static bool has_way(const PoolProblem& p) {
+    const Axis& w = p.shape.axis[2];
+    const bool rows = (w.stride <= 2 && (w.kernel == 2 || w.kernel == 3)) ||
+                      (w.stride == 4 && w.kernel == 4 && w.pad % 4 == 0);
+    return is_channels_last(p) || (rows && w.dilation == 1);
+  }
+
   void run() const {
     const int64_t outputs = rows_ * slots_ * group_;
     parallel_for(s_.batch * blocks_ * s_.axis[0].in * bands_ * strips_, 1 + 16384 / (outputs + 1),
@@ -508,10 +506,11 @@ class Scatter {
                    Scratch scratch((2 * size + sums) * int64_t(sizeof(L)) + 2 * size +
                                    (taps + 1) * int64_t(sizeof(Term) + sizeof(PixelRow<L>) +
                                                         sizeof(GradRow<L>) + sizeof(Choices<L>)) +
-                                   2048);
+                                   s_.axis[2].stride * int64_t(sizeof(int64_t)) + 2048);
                    Buffers b;
                    b.index = scratch.take<uint8_t>(size);
                    b.terms = scratch.take<Term>(taps + 1);
+                   b.term_ends = scratch.take<int64_t>(s_.axis[2].stride);
                    b.rows = scratch.take<GradRow<L>>(taps + 1);
                    b.pixels = scratch.take<PixelRow<L>>(taps + 1);
                    b.own = scratch.take<Choices<L>>(taps + 1);
@@ -520,7 +519,7 @@ class Scatter {
                      b.grad = scratch.take<L>(size);
                      b.sums = scratch.take<L>(sums);
                    }
-                   if (rows_way_) {
+                   if (!channels_last_) {
                      Buffers next = b;
                      next.grad = scratch.take<L>(size), next.index = scratch.take<uint8_t>(size);
                      return scatter_rows(begin, end, b, next);
@@ -540,6 +539,7 @@ class Scatter {
     L *grad = nullptr, *sums = nullptr;
     uint8_t* index = nullptr;
     Term* terms = nullptr;
+    int64_t* term_ends = nullptr;
     GradRow<L>* rows = nullptr;
     PixelRow<L>* pixels = nullptr;
     Choices<L>* own = nullptr;  // by the number of a tap
@@ -554,6 +554,10 @@ class Scatter {
   using BlockKernel = void (*)(const GradRow<L>*, int64_t, int64_t, int64_t, int64_t, int64_t, L*,
                                int64_t);
 
+  static bool is_channels_last(const PoolProblem& p) {
+    return p.input.stride[1] == 1 && p.output.stride[1] == 1 && p.index.stride[1] == 1 &&
+           p.shape.channels > 1 && p.input.stride[4] != 1;
+  }
   static int64_t span(const RawView& v, const PoolShape& s) {
     int64_t size = 1 + (s.batch - 1) * v.stride[0] + (s.channels - 1) * v.stride[1];
     for (int a = 0; a < 3; ++a) size += (s.axis[a].out - 1) * v.stride[2 + a];
@@ -589,7 +593,6 @@ class Scatter {
     rows_kernel_[1] = scatter_row<stride, kernel, shift, 1, L>;
     rows_kernel_[2] = scatter_row<stride, kernel, shift, 2, L>;
     rows_kernel_[3] = scatter_row<stride, kernel, shift, 3, L>;
-    rows_way_ = true;
     disjoint_ = stride > 1 && windows_are_disjoint();
     margin_ = Windows::count - 1;
     lead_ = s_.axis[2].pad / stride + Windows::first;
@@ -608,10 +611,13 @@ class Scatter {
   bool windows_are_disjoint() const {
     for (const Axis& a : s_.axis)
       if (a.pad != 0 || a.stride != a.kernel || a.dilation != 1) return false;
-    return true;
+    return s_.axis[2].out * s_.axis[2].stride <= s_.axis[2].in;  // none overhangs its row
   }
 
   static int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+  int64_t slots_of(const Axis& w) const {
+    return up(channels_last_ ? w.in + w.pad : w.in, w.stride);
+  }
   static int64_t reach(const Axis& a) { return (a.kernel - 1) * a.dilation + 1; }
   int64_t planes_of_outputs() const {
     return std::min(s_.axis[0].out, reach(s_.axis[0]) / s_.axis[0].stride + 1);
@@ -628,7 +634,7 @@ class Scatter {
     t.lanes = std::min(group_, s_.channels - t.channel);
     t.end = std::min(t.row + rows_, h.in);
     const Axis& w = s_.axis[2];
-    t.slots = std::min(slots_, up(rows_way_ ? w.in : w.in + w.pad, w.stride) - t.slot);
+    t.slots = std::min(slots_, slots_of(w) - t.slot);
     t.od = d.first_output(t.id), t.od_end = d.last_output(t.id) + 1;
     t.oh = h.first_output(t.row), t.oh_end = h.last_output(t.end - 1) + 1;
     return t;
@@ -741,7 +747,7 @@ class Scatter {
            last + t.slots + margin_ + lanes<L> <= size;
   }
   bool grads_in_place(const Tile& t) const {
-    return rows_way_ && codec_.is_lane && in_tensor(p_.output, grads_, t);
+    return !channels_last_ && codec_.is_lane && in_tensor(p_.output, grads_, t);
   }
   // Only where no window reaches another row or column, whatever was made by hand.
   bool choices_in_place(const Tile& t) const {
@@ -751,8 +757,8 @@ class Scatter {
   // Is every row of inputs that of one row of windows, as wide as they?
   bool expands(const Tile& t) const {
     const Axis& w = s_.axis[2];
-    return rows_way_ && disjoint_ && codec_.is_lane && p_.input.stride[4] == 1 && strips_ == 1 &&
-           w.in == w.out * w.stride && t.od_end - t.od == 1;
+    return !channels_last_ && disjoint_ && codec_.is_lane && p_.input.stride[4] == 1 &&
+           strips_ == 1 && w.in == w.out * w.stride && t.od_end - t.od == 1;
   }
   int64_t expand(const Tile& t, const TileWindows& windows, const Buffers& b, char* to) const {
     const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
@@ -835,8 +841,8 @@ class Scatter {
                      const Buffers& b) const {
     const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
     const int64_t oh = ih / h.stride;
-    if (!disjoint_ || w.out * w.stride > w.in || t.lanes < lanes<L> || t.od_end - t.od != 1 ||
-        ih % h.stride != 0 || oh >= h.out || ih + h.stride > t.end)
+    if (!disjoint_ || t.lanes < lanes<L> || t.od_end - t.od != 1 || ih % h.stride != 0 ||
+        oh >= h.out || ih + h.stride > t.end)
       return false;
     const int64_t pitch = p_.input.stride[3], pixel = p_.input.stride[4];
     const L* const grad = pixels.grad + (oh - t.oh) * p_.output.stride[3];
@@ -854,41 +860,40 @@ class Scatter {
     return true;
   }
 
-  // Channels innermost: inputs of one phase that the same taps reach, whole pixels at a time.
+  // Channels innermost: a row of inputs, pixel after pixel as they lie in memory. Between the ends
+  // of the row, all slots have the same terms.
   void scatter_columns(const Tile& t, int64_t row_count, int64_t index_pixel, L* to,
                        const Buffers& b) const {
     const Axis& w = s_.axis[2];
-    const int64_t end_slot = t.slot + t.slots;
-    for (int64_t phase = 0; phase < w.stride; ++phase) {
-      const auto input_at = [&](int64_t slot) { return slot * w.stride + phase - w.pad; };
-      const int64_t last_run = std::min({end_slot, w.out, up(w.in - phase + w.pad, w.stride)});
-      int64_t slot = t.slot;
-      while (slot < end_slot && input_at(slot) < 0) ++slot;
-      while (slot < end_slot && input_at(slot) < w.in) {
-        int64_t count = 0, run = 1;
-        if (slot >= margin_)  // with all of its taps, or the last ones
-          run = std::max<int64_t>(1, last_run - slot);
-        for (int64_t r = 0; r < row_count; ++r)
-          for_each_tap(phase, [&](int64_t shift, int64_t kw) {
-            const int64_t ow = slot - shift;
-            if (ow < 0 || ow >= w.out) return;
-            b.terms[count++] = {b.pixels[r].grad - b.pixels[0].grad + ow * p_.output.stride[4],
-                                b.pixels[r].index - b.pixels[0].index + ow * index_pixel,
-                                b.pixels[r].own + kw};
-          });
-        const Sums<L> sums{to + input_at(slot) * p_.input.stride[4],
-                           b.pixels[0].grad,
-                           b.pixels[0].index,
-                           w.stride * p_.input.stride[4],
-                           p_.output.stride[4],
-                           index_pixel};
-        add_terms<true, L>(sums, run, t.lanes, b.terms, count);
-        slot += run;
+    const int64_t pixel = p_.input.stride[4];
+    const int64_t inner_end = std::min({t.slot + t.slots, w.out, (w.in + w.pad) / w.stride});
+    for (int64_t slot = t.slot; slot < t.slot + t.slots;) {
+      const bool inner = slot >= margin_ && slot * w.stride >= w.pad && slot < inner_end;
+      int64_t phase = 0, run = inner ? inner_end - slot : 1;
+      while (phase < w.stride) {
+        const int64_t first = phase, iw = slot * w.stride + phase - w.pad;
+        int64_t count = 0;
+        do {
+          for (int64_t r = 0; r < row_count; ++r)
+            for_each_tap(phase, [&](int64_t shift, int64_t kw) {
+              const int64_t ow = slot - shift;
+              if (ow < 0 || ow >= w.out) return;
+              b.terms[count++] = {b.pixels[r].grad - b.pixels[0].grad + ow * p_.output.stride[4],
+                                  b.pixels[r].index - b.pixels[0].index + ow * index_pixel,
+                                  b.pixels[r].own + kw};
+            });
+          b.term_ends[phase - first] = count;
+        } while (++phase < w.stride && inner);
+        if (!w.holds_input(iw)) continue;
+        const Sums<L> sums{to + iw * pixel, b.pixels[0].grad,    b.pixels[0].index,
+                           pixel,           p_.output.stride[4], index_pixel};
+        add_terms<true, L>(sums, run, phase - first, t.lanes, b.terms, b.term_ends);
       }
+      slot += run;
     }
   }
 
-  // ---- staged
+  // ---- staged: channels innermost of other types than the lanes
 
   // Rows of gradients and choices, from window slot + lead on, nobody where there is none.
   void stage(const Tile& t, const Buffers& b) const {
@@ -936,7 +941,7 @@ class Scatter {
 
   void scatter(const Tile& t, const Buffers& b) const {
     const Axis& w = s_.axis[2];
-    const int64_t pixel = channels_last_ ? t.lanes : 1, pitch = (t.slots + margin_) * pixel;
+    const int64_t pixel = t.lanes, pitch = (t.slots + margin_) * pixel;
     stage(t, b);
     for (int64_t ih = t.row; ih < t.end; ++ih) {
       for (int64_t phase = 0; phase < w.stride; ++phase) {
@@ -948,8 +953,8 @@ class Scatter {
             b.terms[count++] = {at, at, s_.offset_of(kd, kh, kw)};
           });
         });
-        add_terms<false, L>({b.sums + phase * phase_size_, b.grad, b.index, 0, 0, 0}, 1,
-                            t.slots * pixel, b.terms, count);
+        add_terms<false, L>({b.sums + phase * phase_size_, b.grad, b.index, 0, 0, 0}, 1, 1,
+                            t.slots * pixel, b.terms, &count);
       }
       write_row(t, ih, b.sums);
     }
@@ -957,8 +962,7 @@ class Scatter {
 
   void write_row(const Tile& t, int64_t ih, const L* sums) const {
     const Axis& w = s_.axis[2];
-    const int64_t phases = w.stride, stride = p_.input.stride[4];
-    const int64_t pixel = channels_last_ ? t.lanes : 1;
+    const int64_t phases = w.stride, stride = p_.input.stride[4], pixel = t.lanes;
     // Places in the strip that are inputs, and where place 0 would lie.
     const int64_t origin = t.slot * phases - w.pad;
     const int64_t first = std::max<int64_t>(-origin, 0);
@@ -966,31 +970,10 @@ class Scatter {
     char* const row = static_cast<char*>(p_.input.data) +
                       offset(p_.input, t.n, t.channel, t.id, ih, origin) * codec_.size;
     const auto at = [&](int64_t e) { return row + e * stride * codec_.size; };
-    const auto write = [&](int64_t from, int64_t to) {
-      for (int64_t e = from; e < to; ++e)
-        codec_.write(at(e), 1, pixel, sums + e % phases * phase_size_ + e / phases * pixel);
-    };
-    if (channels_last_) {
-      if (phases == 1 && stride == pixel)
-        codec_.write(at(first), 1, (end - first) * pixel, sums + first * pixel);
-      else
-        write(first, end);
-      return;
-    }
-    const int64_t group = up(first, phases), groups = end / phases - group;
-    if (phases > 1 && phases <= 4 && stride == 1 && groups > 0) {
-      write(first, group * phases);
-      codec_.join[phases](at(group * phases), groups, sums + group, phase_size_);
-      write((group + groups) * phases, end);
-    } else {
-      for (int64_t phase = 0; phase < phases; ++phase) {
-        const int64_t slot = up(std::max<int64_t>(first - phase, 0), phases);
-        const int64_t e = slot * phases + phase;
-        if (e < end)
-          codec_.write(at(e), phases * stride, up(end - e, phases),
-                       sums + phase * phase_size_ + slot);
-      }
-    }
+    if (phases == 1 && stride == pixel)
+      return codec_.write(at(first), 1, (end - first) * pixel, sums + first * pixel);
+    for (int64_t e = first; e < end; ++e)
+      codec_.write(at(e), 1, pixel, sums + e % phases * phase_size_ + e / phases * pixel);
   }
 
   const PoolProblem& p_;
@@ -1003,8 +986,8 @@ class Scatter {
   RowKernel rows_kernel_[4] = {};  // by the number of rows; 0: any
   BlockKernel block_kernel_ = nullptr;
   int64_t block_rows_ = 0, block_lead_ = 0;
-  int64_t above_ = 0;  // rows of windows staged around those of a tile
-  bool rows_way_ = false, disjoint_ = false;
+  int64_t above_ = 0;            // rows of windows staged around those of a tile
+  bool disjoint_ = false;        // every input belongs to one window at most
   std::vector<uint8_t> tap_of_;  // by the distance in the plane, of a flat index
   int64_t group_ = 1, blocks_ = 1, margin_ = 0, lead_ = 0, slots_ = 1, strips_ = 1, rows_ = 1,
           bands_ = 1;

@@ -142,12 +142,14 @@ inline void store_clipped(L* row, int64_t first, int64_t size, Vec<L> v) {
     Masked::store(row + first, inside<L>(first, size), v);
 }
 
-// Rows of a plane are used several at once, each a short stream that the processor's own
-// prefetching finds late. What lies a little behind them in memory is needed next.
-inline void prefetch_behind(const void* rows, int64_t bytes) {
-  constexpr int64_t distance = 4096, line = 64;
-  const char* const from = static_cast<const char*>(rows) + distance;
-  for (int64_t at = 0; at < bytes; at += line) __builtin_prefetch(from + at);
+// Rows of a plane are written several at once, each a short stream that the processor's own
+// prefetching finds late, unless it is hardly more than a line or the only one. What lies a little
+// behind them in memory is needed next. (Not inlined, it would be a function without effects.)
+[[gnu::always_inline]] inline void prefetch_behind(void* to, int64_t rows, int64_t row_bytes) {
+  constexpr int64_t distance = 4096, line = 64, short_row = 256;
+  if (rows == 1 || row_bytes < short_row) return;
+  const char* const from = static_cast<const char*>(to) + distance;
+  for (int64_t at = 0; at < rows * row_bytes; at += line) __builtin_prefetch(from + at);
 }
 
 // Pixels of channels are written as their windows come, in several streams: the lines of one that
