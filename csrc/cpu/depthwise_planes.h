@@ -609,7 +609,7 @@ bool map_planes(const ConvProblem& p) {
   PanelShape panel{1, planes, {}, 1};
   Chunks chunks;
   if (phase_count > 4096 || numbers > 1 << 16 ||
-      !choose_chunks(axis, sizeof(E), planes_bytes, INT64_MAX, false, chunks, panel))
+      !choose_chunks(axis, sizeof(E), planes_bytes, INT64_MAX, chunks, panel))
     return false;
   int64_t part = (panel.extent[2] + step_w - 1) / step_w;  // of a row, of one remainder
   if constexpr (joins_windows<Vec<E>>) part = up(part, L) * L;
