@@ -44,7 +44,7 @@ struct PlaneTile {
   // Of a strip:
   int64_t rows, first, end;  // written rows, source rows
   const T* ahead;            // what is read next, fetched meanwhile
-  int64_t ahead_step;
+  int64_t ahead_step, ahead_plane;
   int64_t next_out;  // from a written row to the one that is fetched meanwhile
 };
 
@@ -65,6 +65,23 @@ TNC_INLINE void store_plane_vector(Vec<Total<T>> result, const PlaneTile<T>& til
     result.store(to, tile.lanes);
   else
     result.store(to);
+}
+
+// Of both phases of a stride of 2, whose results alternate in a row.
+template <class T, int vecs>
+TNC_INLINE void store_plane_pairs(Vec<Total<T>> even, Vec<Total<T>> odd, const PlaneTile<T>& tile,
+                                  T* row, int c) {
+  using V = Vec<Total<T>>;
+  V low, high;
+  V::merge(even, odd, low, high);
+  T* const to = row + 2 * (c + 1 < vecs ? c * V::lanes : tile.last);
+  if (is_cut<T, vecs>(tile, c)) {
+    low.store(to, static_cast<int>(least(2 * tile.lanes, V::lanes)));
+    high.store(to + V::lanes, static_cast<int>(most(2 * tile.lanes - V::lanes, 0)));
+  } else {
+    low.store(to);
+    high.store(to + V::lanes);
+  }
 }
 
 template <class T, int rows, int vecs>
@@ -129,16 +146,9 @@ void list_tile(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
     sum(total[1], phase.odd_chain, phase.odd_last_chain);
     const V bias = V::broadcast(phase.bias);
     each([&](int i, int c) __attribute__((always_inline)) {
-      V low, high;
-      V::merge(result_of<T>(total[0][i][c] + bias), result_of<T>(total[1][i][c] + bias), low, high);
-      T* const to = tile.out + i * tile.out_step + 2 * (c + 1 < vecs ? c * V::lanes : tile.last);
-      if (is_cut<T, vecs>(tile, c)) {
-        low.store(to, static_cast<int>(least(2 * tile.lanes, V::lanes)));
-        high.store(to + V::lanes, static_cast<int>(most(2 * tile.lanes - V::lanes, 0)));
-      } else {
-        low.store(to);
-        high.store(to + V::lanes);
-      }
+      store_plane_pairs<T, vecs>(result_of<T>(total[0][i][c] + bias),
+                                 result_of<T>(total[1][i][c] + bias), tile,
+                                 tile.out + i * tile.out_step, c);
     });
   }
 }
@@ -179,6 +189,13 @@ struct PlaneRow {
   }
 };
 
+template <int vecs, class V, class T>
+TNC_INLINE void prefetch_row(const T* row) {
+#pragma GCC unroll 8
+  for (int line = 0; line < vecs * V::lanes * int{sizeof(T)}; line += 64)
+    prefetch(row + line / sizeof(T));
+}
+
 // A square kernel of dilation 1 and one group of terms, of several source planes or of stride 2: a
 // vector is loaded once for all the rows of the tile that read it. Each row still meets its taps in
 // order.
@@ -198,10 +215,12 @@ void slide_tile(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
     for (int q = 0; q < chains; ++q) acc[i][c][q] = V::zero();
   });
   const E* w = phase.weights;
+  const T* ahead = tile.ahead;
   for (int64_t r = 0; r < phase.tap_row_count; r += kernel, w += kernel * kernel) {
     const E* row = tile.source + phase.tap_rows[r];
 #pragma GCC unroll 24
     for (int u = 0; u < (rows - 1) * row_step + kernel; ++u, row += tile.source_step) {
+      prefetch_row<vecs, V>(ahead + u * tile.ahead_step);
       const PlaneRow<V, kernel, vecs, step, E> source(row, phase.part, tile.last);
       with_constants<kernel>([&](auto kw) __attribute__((always_inline)) {
         V x[vecs];
@@ -220,6 +239,7 @@ void slide_tile(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
         }
       });
     }
+    ahead += tile.ahead_plane;
     if constexpr (chains == 2)  // the next plane's first term has an odd number, or again an even
       each([&](int i, int c)
                __attribute__((always_inline)) { std::swap(acc[i][c][0], acc[i][c][1]); });
@@ -266,9 +286,7 @@ void roll_strip(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
 #pragma GCC unroll 8
     for (int s = 0; s < kernel; ++s) {
       if (u + s < tile.end) {
-#pragma GCC unroll 8
-        for (int line = 0; line < vecs * V::lanes * int{sizeof(T)}; line += 64)
-          prefetch(ahead + line / sizeof(T));
+        prefetch_row<vecs, V>(ahead);
         ahead += tile.ahead_step;
         const PlaneRow<V, kernel, vecs, step, E> source(row, phase.part, tile.last);
         with_constants<kernel>([&](auto kw) __attribute__((always_inline)) {
@@ -303,6 +321,71 @@ void roll_strip(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
       if (done + 1 == tile.rows) return;
       out += tile.out_step;
     }
+}
+
+// grad_input of a square kernel of stride 2 and dilation 1 that reads one plane: all the rows of a
+// strip of 2 * `vecs` vectors, two at a time. These are four phases; a vector of source pixels is
+// loaded once for all of them. `odd`: is the padding odd?
+template <class T, int kernel, int odd, int vecs>
+void double_strip(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
+  using E = Total<T>;
+  using V = Vec<E>;
+  constexpr int chains = chains_of<T>;
+  // Tap k meets the phases q with an even q + odd - k, and reads the source position
+  // (q + odd - k) / 2 further on.
+  constexpr int lowest = (odd - kernel + 1) / 2, highest = (1 + odd) / 2;
+  constexpr int reach = highest - lowest + 1;
+  const V bias = V::broadcast(phase.bias);
+  const E* row = tile.source;
+  T* out = tile.out;
+  for (int64_t y = 0; y < tile.rows; y += 2, row += tile.source_step, out += 2 * tile.out_step) {
+    V acc[2][2][vecs][chains];
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q)
+#pragma GCC unroll 8
+      for (int c = 0; c < vecs; ++c)
+#pragma GCC unroll 2
+        for (V& chain : acc[q / 2][q % 2][c]) chain = V::zero();
+    with_constants<reach>([&](auto down) __attribute__((always_inline)) {
+      constexpr int u = highest - down.value;  // the taps ascend as the source rows descend
+      const E* const from = row + u * tile.source_step;
+      with_constants<reach>([&](auto left) __attribute__((always_inline)) {
+        constexpr int shift = highest - left.value;
+        V x[vecs];
+#pragma GCC unroll 8
+        for (int c = 0; c < vecs; ++c)
+          x[c] = in_register(V::load(from + shift + (c + 1 < vecs ? c * V::lanes : tile.last)));
+        with_constants<4>([&](auto phases) __attribute__((always_inline)) {
+          constexpr int qh = phases.value / 2, qw = phases.value % 2;
+          constexpr int kh = qh + odd - 2 * u, kw = qw + odd - 2 * shift;
+          if constexpr (kh >= 0 && kh < kernel && kw >= 0 && kw < kernel) {
+            constexpr int number = kh * kernel + kw;
+            const V tap = V::broadcast(phase.weights[number]);
+#pragma GCC unroll 8
+            for (int c = 0; c < vecs; ++c) {
+              V& chain = acc[qh][qw][c][number % chains];
+              chain = fma(x[c], tap, chain);
+            }
+          }
+        });
+      });
+    });
+#pragma GCC unroll 2
+    for (int q = 0; q < 2; ++q) {
+      if (q == 1 && y + 1 == tile.rows) break;
+#pragma GCC unroll 8
+      for (int c = 0; c < vecs; ++c) {
+        V both[2];
+#pragma GCC unroll 2
+        for (int qw = 0; qw < 2; ++qw) {
+          V sum = acc[q][qw][c][0];
+          if constexpr (chains == 2) sum = sum + acc[q][qw][c][1];
+          both[qw] = result_of<T>((V::zero() + sum) + bias);
+        }
+        store_plane_pairs<T, vecs>(both[0], both[1], tile, out + q * tile.out_step, c);
+      }
+    }
+  }
 }
 
 // Any kernel whose taps and pixels are neighbours along w, in one row: up to a vector of taps after
@@ -362,7 +445,7 @@ void sweep_tile(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
 }
 
 // What is made of the rows and columns of a phase.
-enum class PlaneWay { list, pairs, sweep, slide, roll };
+enum class PlaneWay { list, pairs, doubled, sweep, slide, roll };
 
 constexpr int tile_rows[] = {1, 2, 4, 5, 7};
 
@@ -387,6 +470,9 @@ constexpr PlaneTileFunction<T> plane_tile() {
   constexpr int registers = Vec<Total<T>>::registers;
   if constexpr (way == PlaneWay::roll) {
     if constexpr (vecs <= widest_strip<T>(kernel)) return roll_strip<T, kernel, step, vecs>;
+  } else if constexpr (way == PlaneWay::doubled) {
+    if constexpr (4 * vecs * chains_of<T> <= registers / 2)
+      return double_strip<T, kernel, step, vecs>;
   } else if constexpr (way == PlaneWay::sweep) {
     if constexpr (rows == 1) return sweep_tile<T, step, vecs>;
   } else if constexpr (way == PlaneWay::slide) {
@@ -417,7 +503,7 @@ PlaneTileFunction<T> plane_tile(int64_t vecs) {
 
 template <class T, PlaneWay way, int kernel = 0, int step = 0>
 PlaneTileFunction<T> plane_tile(int64_t rows, int64_t vecs) {
-  if constexpr (way == PlaneWay::roll || way == PlaneWay::sweep) {
+  if constexpr (way == PlaneWay::roll || way == PlaneWay::sweep || way == PlaneWay::doubled) {
     return plane_tile<T, way, kernel, step, 1>(vecs);
   } else {
     switch (rows) {
@@ -450,6 +536,11 @@ PlaneTileFunction<T> plane_tile(PlaneWay way, int64_t kernel, int64_t step, int6
                                 int64_t vecs) {
   if (way == PlaneWay::pairs) return plane_tile<T, PlaneWay::pairs>(rows, vecs);
   if (way == PlaneWay::list) return plane_tile<T, PlaneWay::list>(rows, vecs);
+  if (way == PlaneWay::doubled)
+    return kernel == 3 ? step == 0 ? plane_tile<T, PlaneWay::doubled, 3, 0>(rows, vecs)
+                                   : plane_tile<T, PlaneWay::doubled, 3, 1>(rows, vecs)
+           : step == 0 ? plane_tile<T, PlaneWay::doubled, 5, 0>(rows, vecs)
+                       : plane_tile<T, PlaneWay::doubled, 5, 1>(rows, vecs);
   return step == 1    ? square_tile<T, 1>(way, kernel, rows, vecs)
          : step == -1 ? square_tile<T, -1>(way, kernel, rows, vecs)
                       : square_tile<T, 2>(way, kernel, rows, vecs);
@@ -475,7 +566,9 @@ struct PlaneTiling {
 
   PlaneTiling() = default;
   PlaneTiling(int64_t rows, int64_t columns, PlaneWay way, int64_t kernel, int64_t step)
-      : rows(rows), columns(columns), parts(way == PlaneWay::pairs ? 2 : 1) {
+      : rows(rows),
+        columns(columns),
+        parts(way == PlaneWay::pairs || way == PlaneWay::doubled ? 2 : 1) {
     const int64_t row_vecs = (columns + L - 1) / L;
     const int widest =
         static_cast<int>(way == PlaneWay::slide && row_vecs == 4 ? 2 : least(row_vecs, 3));
@@ -491,7 +584,7 @@ struct PlaneTiling {
       best = cost;
       tile_rows = some;
     }
-    if (way == PlaneWay::roll) tile_rows = rows;
+    if (way == PlaneWay::roll || way == PlaneWay::doubled) tile_rows = rows;
     if (way == PlaneWay::sweep) tile_rows = 1;
     for (int64_t vecs = 1; vecs <= 8; ++vecs)
       function[vecs] = plane_tile<T>(way, kernel, step, tile_rows, vecs);
@@ -641,20 +734,24 @@ bool map_planes(const ConvProblem& p) {
                                        axis[1].shift(0, kh) * panel.row_pitch() +
                                        (step_w == 1 ? nearest : 0));
   }
-  bool plain = kernel == axis[2].kernel && (kernel == 3 || kernel == 5 || kernel == 7) &&
-               stride <= (transposed ? 1 : 2);
+  bool square = kernel == axis[2].kernel && (kernel == 3 || kernel == 5 || kernel == 7);
   for (int a = 0; a < 3; ++a)
-    plain = plain && s.axis[a].stride == (a > 0 ? stride : 1) && s.axis[a].dilation == 1;
+    square = square && s.axis[a].stride == (a > 0 ? stride : 1) && s.axis[a].dilation == 1;
+  const bool plain = square && stride <= (transposed ? 1 : 2);
   const bool pairs = period_w == 2 && chunks.count[2] == 1 && axis[2].written % 2 == 0;
   const bool neighbours = joins_windows<Vec<E>> && phase_count == 1 && step_w == 1 &&
                           axis[2].dilation == 1 && axis[2].kernel > 4;
   PlaneWay way = neighbours ? PlaneWay::sweep : PlaneWay::list;
-  if (pairs)
+  if (pairs && square && kernel < 7 && numbers == kernel * kernel && chunks.count[1] == 1 &&
+      axis[1].pad % 2 == axis[2].pad % 2)
+    way = PlaneWay::doubled;
+  else if (pairs)
     way = PlaneWay::pairs;
   else if (plain && stride == 1 && numbers == kernel * kernel)
     way = PlaneWay::roll;
   else if (plain && kernel < 7 && numbers <= group_length<T>)
     way = PlaneWay::slide;
+  const bool doubled = way == PlaneWay::doubled;
   const bool upwards = transposed && (way == PlaneWay::slide ||
                                       way == PlaneWay::roll);  // the order in which taps read rows
 
@@ -710,8 +807,9 @@ bool map_planes(const ConvProblem& p) {
         phase.weights = weights + c * numbers;
         phase.bias = p.bias ? widened(static_cast<const T*>(p.bias)[c]) : E(0);
         for (int64_t d = 0; d < chunk.size[0]; ++d)
-          for (int64_t qh = 0; qh < least(period_h, chunk.size[1]); ++qh) {
-            const int64_t rows = (chunk.size[1] - qh + period_h - 1) / period_h;
+          for (int64_t qh = 0; qh < (doubled ? 1 : least(period_h, chunk.size[1])); ++qh) {
+            const int64_t rows =
+                doubled ? chunk.size[1] : (chunk.size[1] - qh + period_h - 1) / period_h;
             const int64_t at_d = chunk.begin[0] + d, at_h = chunk.begin[1] + qh;
             const E* const slice = values + (axis[0].base(at_d) - first[0]) * panel.slice_pitch();
             T* const result = static_cast<T*>(written.data) + n * written.stride[0] +
@@ -722,7 +820,10 @@ bool map_planes(const ConvProblem& p) {
             const int64_t columns =
                 (chunk.size[2] + period_w - 1) / period_w;  // of a phase, or 1 more
             if (tiling.rows != rows || tiling.columns != columns)
-              tiling = PlaneTiling<T>(rows, columns, way, kernel, transposed ? -1 : stride);
+              tiling = PlaneTiling<T>(rows, columns, way, kernel,
+                                      doubled      ? axis[1].pad % 2
+                                      : transposed ? -1
+                                                   : stride);
             const int64_t some = tiling.tile_rows;
             for (int64_t next = 0; next < rows; next += some) {
               const int64_t row = least(next, rows - some);  // the last may overlap the one before
@@ -741,13 +842,14 @@ bool map_planes(const ConvProblem& p) {
                     slice +
                     (axis[1].base(at_h) + lead * axis[1].step - first[1]) * panel.row_pitch() +
                     (step_w == 1 ? axis[2].base(at_w) - first[2] : 0);
+                if (doubled) tile.source += axis[1].pad / 2 * panel.row_pitch() + axis[2].pad / 2;
                 tile.source_step = (upwards                  ? -1
                                     : way == PlaneWay::slide ? 1
                                                              : axis[1].step) *
                                    panel.row_pitch();
                 if (period_w == 1 || pairs) {
                   tile.out = result + (at_h + lead * period_h) * written.stride[3];
-                  tile.out_step = (upwards ? -1 : period_h) * written.stride[3];
+                  tile.out_step = (upwards ? -1 : doubled ? 1 : period_h) * written.stride[3];
                 } else {
                   tile.out = staged + qw * 7 * staged_pitch;
                   tile.out_step = staged_pitch;
@@ -756,7 +858,9 @@ bool map_planes(const ConvProblem& p) {
                 tile.first = first_row;
                 tile.end = end_row;
                 tile.ahead = ahead;
+                if (way == PlaneWay::slide) tile.ahead += row * axis[1].step * source.stride[3];
                 tile.ahead_step = source.stride[3];
+                tile.ahead_plane = source.stride[1];
                 tile.next_out = written.stride[1];
                 tiling.run(phase, (chunk.size[2] - qw + period_w - 1) / period_w, tile);
               }
