@@ -7,7 +7,7 @@
 // are the zeros with which a row is filled up to whole vectors.
 #pragma once
 
-#include "depthwise_planes.h"
+#include "depthwise_tiles.h"
 
 namespace torch_naiveconv::TNC_ISA {
 
