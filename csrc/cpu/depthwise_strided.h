@@ -80,8 +80,10 @@ bool map_strided(const ConvProblem& p) {
       deep.in != 1 || deep.out != 1 || deep.kernel != 1 || vecs > 4 || wide.out * 2 <= V::lanes ||
       (wide.in + 2 * V::lanes - 1) / (2 * V::lanes) != vecs)
     return false;
-  for (const Axis* a : {&high, &wide})
-    if (a->stride != 2 || a->dilation != 1 || a->pad != kernel / 2) return false;
+  const auto keeps_place = [&](const Axis& a) {
+    return a.stride == 2 && a.dilation == 1 && a.pad == kernel / 2;
+  };
+  if (!keeps_place(high) || !keeps_place(wide)) return false;
   Arena& plan = plan_arena();
   plan.reset(Arena::bytes_for<E>(s.out_channels * s.taps()));
   E* const weights = plan.take<E>(s.out_channels * s.taps());
