@@ -1,6 +1,7 @@
 // Convolutions of few channels per group: depthwise, ResNeXt, small odd groups. conv_depthwise
 // asks, in this order:
 //
+//   depthwise_strided.h      forward of stride 2 in NCHW (AVX-512): lanes are pixels of a row
 //   depthwise_planes.h       forward, grad_input of NCHW: lanes are pixels of a row
 //   depthwise_in_place.h     forward, grad_input of channels_last: lanes are channels
 //   depthwise_blocks.h       forward, grad_input of the rest: lanes are channels
@@ -15,6 +16,7 @@
 #include "depthwise_grad_weight.h"
 #include "depthwise_in_place.h"
 #include "depthwise_planes.h"
+#include "depthwise_strided.h"
 
 namespace torch_naiveconv::TNC_ISA {
 
@@ -30,7 +32,8 @@ inline bool conv_depthwise(const ConvProblem& p) {
       taken = few_channels_grad_weight<T>(p);
       return;
     }
-    taken = map_planes<T>(p);
+    if constexpr (joins_windows<Vec<Total<T>>>) taken = map_strided<T>(p);
+    taken = taken || map_planes<T>(p);
     if constexpr (chains_of<T> == 1 || Vec<Total<T>>::registers == 32)
       taken = taken || map_in_place<T>(p);
     taken = taken || map_blocks<T>(p);

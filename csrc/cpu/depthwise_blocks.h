@@ -145,7 +145,7 @@ bool map_blocks(const ConvProblem& p) {
   PanelShape panel{together, planes, {}, L};
   Chunks chunks;
   if (phase_count > 4096 || numbers > 1 << 16 ||
-      !choose_chunks(axis, sizeof(E), panel_bytes, widest_map_chunk, false, chunks, panel))
+      !choose_chunks(axis, sizeof(E), panel_bytes, widest_map_chunk, chunks, panel))
     return false;
 
   Arena& plan = plan_arena();

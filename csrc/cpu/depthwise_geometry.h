@@ -180,11 +180,10 @@ void list_terms(const MapAxis* axis, const int64_t* phases, const PanelShape& pa
 }
 
 // The largest chunks of written positions whose panel has at most `budget` bytes, or is as small as
-// it can be: long rows (at most `widest`) first, then rows, then slices. `in_order`: chunks, one
-// after the other, must be the positions in their order; so nothing but the first cut axis is
-// longer than one. Returns false if not even one position's panel fits.
+// it can be: long rows (at most `widest`) first, then rows, then slices. Returns false if not even
+// one position's panel fits.
 inline bool choose_chunks(const MapAxis* axis, int64_t element_bytes, int64_t budget,
-                          int64_t widest, bool in_order, Chunks& chunks, PanelShape& panel) {
+                          int64_t widest, Chunks& chunks, PanelShape& panel) {
   const auto bytes = [&] {
     for (int a = 0; a < 3; ++a) panel.extent[a] = axis[a].source_extent(chunks.size[a]);
     return panel.size() * element_bytes;
@@ -194,7 +193,6 @@ inline bool choose_chunks(const MapAxis* axis, int64_t element_bytes, int64_t bu
   for (int a = 2; a >= 0; --a) {
     int64_t low = 1, high = chunks.whole[a];
     if (a == 2) high = least(high, widest);
-    if (in_order && a < 2 && chunks.count[a + 1] > 1) high = 1;
     while (low < high) {
       chunks.size[a] = (low + high + 1) / 2;
       if (bytes() <= budget)

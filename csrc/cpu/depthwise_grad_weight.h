@@ -21,17 +21,25 @@ struct Ahead {
   }
 };
 
-// Some pixels of a row and the input that their taps meet. `left` pixels, then `middle` and `right`
-// ones; those at the sides read columns that lie in the padding.
+// Some pixels of a row and what each row of taps reads for the first of them. `left` pixels, then
+// `middle` and `right` ones; those at the sides read columns that lie in the padding.
 template <class S>
 struct PixelRow {
   const S* grad;
-  int64_t grad_pitch;
+  const S* const* taps;
   int64_t left, middle, right;
-  // For the pixels at the sides: the column of the first pixel's first tap, how far the next tap
-  // and the next pixel are, how many columns there are.
-  int64_t column, tap_columns, pixel_columns, width;
-  int64_t number;  // of the first pixel: with two chains, they take turns
+  int64_t column;  // of the first pixel's first tap
+};
+
+// Rows of pixels, at most a group of terms.
+template <class S>
+struct PixelRows {
+  const PixelRow<S>* row;
+  int64_t count, grad_pitch;
+  // For the pixels at the sides: how far the next tap and the next pixel are, how many columns
+  // there are.
+  int64_t tap_columns, pixel_columns, width;
+  int64_t number, end;  // of the first pixel and behind the last: two chains take turns
   // Does a group of terms begin or end here? Then its chains start, or are added to the totals.
   bool begins = false, ends = false;
   Ahead input_ahead, grad_ahead;
@@ -50,7 +58,8 @@ TNC_INLINE void add_pixels(V (&acc)[chains][rows][taps], const S*& grad, int64_t
   for (int column = 0; column < columns; ++column)
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      const V x = V::load(from[r]);
+      V x = V::load(from[r]);
+      if constexpr (pixels > 1) x = in_register(x);
       from[r] += pitch;
 #pragma GCC unroll 8
       for (int i = 0; i < pixels; ++i) {
@@ -74,7 +83,7 @@ TNC_INLINE void take_turns(V (&acc)[chains][rows][taps]) {
 
 // The same for pixels whose taps may read the padding.
 template <class V, int stride, int chains, int rows, int taps, class S>
-TNC_INLINE void add_side(V (&acc)[chains][rows][taps], const S*& grad, const PixelRow<S>& pixels,
+TNC_INLINE void add_side(V (&acc)[chains][rows][taps], const S*& grad, const PixelRows<S>& pixels,
                          int64_t count, int64_t& column, const S* (&from)[rows], int64_t pitch) {
   for (; count > 0; --count, column += pixels.pixel_columns, grad += pixels.grad_pitch) {
     const V g = V::load(grad);
@@ -113,11 +122,11 @@ TNC_INLINE V total_with(V total, const V (&chain)[chains]) {
     return total + chain[0];
 }
 
-// The products of a row of pixels: `rows` rows of `taps` taps, of which the first reads `column`,
-// at row[r] + offset, for the first pixel.
+// The products of some rows of pixels with the rows of taps from `first` on: `rows` rows of `taps`
+// taps, of which the first reads `shift` columns, or `offset` elements, further on.
 template <int chains, int stride, int rows, int taps, class S>
-void tap_tile(PixelRow<S>& pixels, const S* const* row, int64_t offset, int64_t column,
-              int64_t pitch, TapSums<Total<S>> sums) {
+void tap_tile(PixelRows<S>& pixels, int64_t first, int64_t offset, int64_t shift, int64_t pitch,
+              TapSums<Total<S>> sums) {
   using V = Vec<Total<S>>;
   V acc[chains][rows][taps];
   const auto each = [&](const auto& what) __attribute__((always_inline)) {
@@ -139,29 +148,33 @@ void tap_tile(PixelRow<S>& pixels, const S* const* row, int64_t offset, int64_t 
       each([&](int r, int k, int64_t at)
                __attribute__((always_inline)) { acc[q][r][k] = V::load(chain + at); });
     }
-  const S* from[rows];
+  for (const PixelRow<S>* row = pixels.row; row < pixels.row + pixels.count; ++row) {
+    const S* from[rows];
 #pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r) from[r] = row[r] + offset;
-  const S* grad = pixels.grad;
-  int64_t count = pixels.middle;
-  add_side<V, stride>(acc, grad, pixels, pixels.left, column, from, pitch);
-  column += count * pixels.pixel_columns;
-  const auto add = [&](auto pixels_at_once) __attribute__((always_inline)) {
-    constexpr int some = pixels_at_once.value, lines = some * V::lanes * sizeof(S) / 64;
-    for (; count >= some; count -= some) {
-      pixels.input_ahead.fetch(lines * stride * stride);
-      pixels.grad_ahead.fetch(lines);
-      add_pixels<V, stride, some>(acc, grad, pixels.grad_pitch, from, pitch);
+    for (int r = 0; r < rows; ++r) from[r] = row->taps[first + r] + offset;
+    const S* grad = row->grad;
+    int64_t count = row->middle, column = row->column + shift;
+    if (row->left > 0) add_side<V, stride>(acc, grad, pixels, row->left, column, from, pitch);
+    const auto add = [&](auto pixels_at_once) __attribute__((always_inline)) {
+      constexpr int some = pixels_at_once.value, lines = some * V::lanes * sizeof(S) / 64;
+      for (; count >= some; count -= some) {
+        pixels.input_ahead.fetch(lines * stride * stride);
+        pixels.grad_ahead.fetch(lines);
+        add_pixels<V, stride, some>(acc, grad, pixels.grad_pitch, from, pitch);
+      }
+    };
+    if constexpr (V::registers == 32 && chains * rows * taps <= 21)
+      add(std::integral_constant<int, 8>{});
+    add(std::integral_constant<int, 4>{});
+    for (; count > 0; --count) {
+      add_pixels<V, stride, 1>(acc, grad, pixels.grad_pitch, from, pitch);
+      take_turns(acc);
     }
-  };
-  if constexpr (V::registers == 32 && chains * rows * taps <= 21)
-    add(std::integral_constant<int, 8>{});
-  add(std::integral_constant<int, 4>{});
-  for (; count > 0; --count) {
-    add_pixels<V, stride, 1>(acc, grad, pixels.grad_pitch, from, pitch);
-    take_turns(acc);
+    if (row->right > 0) {
+      column += row->middle * pixels.pixel_columns;
+      add_side<V, stride>(acc, grad, pixels, row->right, column, from, pitch);
+    }
   }
-  add_side<V, stride>(acc, grad, pixels, pixels.right, column, from, pitch);
   if (folds_in_tile<V> && pixels.ends) {
     each([&](int r, int k, int64_t at) __attribute__((always_inline)) {
       V chain[chains];
@@ -173,7 +186,7 @@ void tap_tile(PixelRow<S>& pixels, const S* const* row, int64_t offset, int64_t 
   }
 #pragma GCC unroll 2
   for (int q = 0; q < chains; ++q) {
-    Total<S>* const chain = chain_of(pixels.number + pixels.left + pixels.middle + pixels.right, q);
+    Total<S>* const chain = chain_of(pixels.end, q);
     each([&](int r, int k, int64_t at)
              __attribute__((always_inline)) { acc[q][r][k].store(chain + at); });
   }
@@ -184,32 +197,30 @@ void tap_tile(PixelRow<S>& pixels, const S* const* row, int64_t offset, int64_t 
 constexpr int most_chains_of(int registers) { return registers == 32 ? 26 : 11; }
 
 template <int chains, int stride, int taps, int rows, class S>
-TNC_INLINE void tap_rows(PixelRow<S>& pixels, const S* const* row, int64_t row_count,
-                         int64_t offset, int64_t column, int64_t pitch, TapSums<Total<S>> sums) {
+TNC_INLINE void tap_rows(PixelRows<S>& pixels, int64_t first, int64_t row_count, int64_t offset,
+                         int64_t shift, int64_t pitch, TapSums<Total<S>> sums) {
   if constexpr (rows > 0) {
-    for (; row_count >= rows; row_count -= rows) {
-      tap_tile<chains, stride, rows, taps>(pixels, row, offset, column, pitch, sums);
-      row += rows;
+    for (; row_count - first >= rows; first += rows) {
+      tap_tile<chains, stride, rows, taps>(pixels, first, offset, shift, pitch, sums);
       sums.chain += rows * sums.row_pitch;
       sums.total += rows * sums.row_pitch;
     }
-    tap_rows<chains, stride, taps, rows - 1>(pixels, row, row_count, offset, column, pitch, sums);
+    tap_rows<chains, stride, taps, rows - 1>(pixels, first, row_count, offset, shift, pitch, sums);
   }
 }
 
-// All `kernel` taps of some rows of taps: a tap's column is tap_pitch from the one before, a
+// All `kernel` taps of `row_count` rows of taps: a tap's column is tap_pitch from the one before, a
 // pixel's pixel_pitch.
 template <int chains, class S>
-void all_taps(PixelRow<S>& pixels, const S* const* row, int64_t row_count, int64_t kernel,
-              int64_t tap_pitch, int64_t pixel_pitch, Total<S>* total, Total<S>* chain,
-              int64_t chain_pitch) {
+void all_taps(PixelRows<S>& pixels, int64_t row_count, int64_t kernel, int64_t tap_pitch,
+              int64_t pixel_pitch, Total<S>* total, Total<S>* chain, int64_t chain_pitch) {
   using V = Vec<Total<S>>;
   constexpr int L = V::lanes, most = most_chains_of(V::registers) / chains;
   int64_t k = 0;
   const auto rows_of = [&](auto stride, auto taps, int64_t pitch) __attribute__((always_inline)) {
     constexpr int fit = most / taps.value < 8 ? most / taps.value : 8;
     tap_rows<chains, stride.value, taps.value, fit>(
-        pixels, row, row_count, k * tap_pitch, pixels.column + k * pixels.tap_columns, pitch,
+        pixels, 0, row_count, k * tap_pitch, k * pixels.tap_columns, pitch,
         TapSums<Total<S>>{total + k * L, chain + k * L, kernel * L, chain_pitch});
     k += taps.value;
   };
@@ -270,15 +281,22 @@ void write_totals(const ConvProblem& p, int64_t first, int64_t number, int64_t n
   using V = Vec<Total<T>>;
   const int64_t* const stride = p.weight.stride;
   const Axis* const axis = p.shape.axis;
-  const int lanes = static_cast<int>(least(V::lanes, p.shape.out_channels - first));
-  for (int64_t i = 0; i < numbers; ++i) {
-    const Position k = Position::of(number + i, p.shape.group_in(), axis[0].kernel, axis[1].kernel,
-                                    axis[2].kernel);
-    const int64_t offset =
-        first * stride[0] + k.c * stride[1] + k.d * stride[2] + k.h * stride[3] + k.w * stride[4];
-    for (int l = 0; l < lanes; ++l)
-      put_total<T>(totals[i * V::lanes + l], p.keep_total, p.weight.data, offset + l * stride[0]);
-  }
+  const int64_t lanes = least(V::lanes, p.shape.out_channels - first);
+  const auto write = [&](auto* data) {
+    std::remove_pointer_t<decltype(data)> results[V::lanes];
+    for (int64_t i = 0; i < numbers; ++i) {
+      const Position k = Position::of(number + i, p.shape.group_in(), axis[0].kernel,
+                                      axis[1].kernel, axis[2].kernel);
+      const int64_t offset =
+          first * stride[0] + k.c * stride[1] + k.d * stride[2] + k.h * stride[3] + k.w * stride[4];
+      canonical(V::load(totals + i * V::lanes) + V::zero()).store(results);
+      for (int64_t l = 0; l < lanes; ++l) data[offset + l * stride[0]] = results[l];
+    }
+  };
+  if (p.keep_total)
+    write(static_cast<Total<T>*>(p.weight.data));
+  else
+    write(static_cast<T*>(p.weight.data));
 }
 
 // Depthwise, channels_last. A thread has some blocks of channels and goes over bands of rows, block
@@ -357,27 +375,31 @@ bool grad_weight_in_place(const ConvProblem& p) {
               return Ahead{reinterpret_cast<const char*>(from),
                            reinterpret_cast<const char*>(from + rows * columns * L)};
             };
-            PixelRow<T> pixels;
+            PixelRow<T> part;
+            PixelRows<T> pixels;
+            pixels.row = &part;
+            pixels.count = 1;
+            pixels.grad_pitch = output.stride[4];
+            pixels.tap_columns = wide.dilation;
+            pixels.pixel_columns = wide.stride;
+            pixels.width = wide.in;
             pixels.input_ahead = share(input_ahead, high.stride, input.stride[3], wide.in);
             pixels.grad_ahead = share(grad_ahead, 1, output.stride[3], wide.out);
             int64_t number = at * wide.out;
             for (int64_t w = 0; w < wide.out;) {
               const int64_t next = least(wide.out, w + G - number % G);
-              pixels.grad = grad + w * output.stride[4];
-              pixels.grad_pitch = output.stride[4];
-              pixels.left = most(least(left, next) - w, 0);
-              pixels.middle = most(least(right, next) - most(left, w), 0);
-              pixels.right = next - w - pixels.left - pixels.middle;
-              pixels.column = wide.input_of(w, 0);
-              pixels.tap_columns = wide.dilation;
-              pixels.pixel_columns = wide.stride;
-              pixels.width = wide.in;
+              part.grad = grad + w * output.stride[4];
+              part.left = most(least(left, next) - w, 0);
+              part.middle = most(least(right, next) - most(left, w), 0);
+              part.right = next - w - part.left - part.middle;
+              part.column = wide.input_of(w, 0);
               pixels.number = number;
+              pixels.end = number + next - w;
               const bool closes =
                   (number + next - w) % G == 0 || number + next - w == rows * wide.out;
               pixels.begins = folds_in_tile<V> && number % G == 0;
               pixels.ends = folds_in_tile<V> && closes;
-              const T* const corner = sample + channel(b) + pixels.column * input.stride[4];
+              const T* const corner = sample + channel(b) + part.column * input.stride[4];
               V nothing[C];  // what the products with the padding add up to
               for (V& sum : nothing) sum = V::zero();
               bool summed = false;
@@ -387,13 +409,14 @@ bool grad_weight_in_place(const ConvProblem& p) {
                 if (row[r] >= 0) {
                   const T* start[most_rows];
                   for (int64_t i = 0; i < run; ++i) start[i] = corner + row[r + i];
-                  all_taps<C>(pixels, start, run, wide.kernel, wide.dilation * input.stride[4],
+                  part.taps = start;
+                  all_taps<C>(pixels, run, wide.kernel, wide.dilation * input.stride[4],
                               wide.stride * input.stride[4], total + r * wide.kernel * L,
                               chain + r * wide.kernel * L, sums);
                 } else {
                   for (int64_t i = 0; i < next - w && !summed; ++i) {
                     V& sum = nothing[(number + i) % C];
-                    sum = fma(V::load(pixels.grad + i * pixels.grad_pitch), V::zero(), sum);
+                    sum = fma(V::load(part.grad + i * pixels.grad_pitch), V::zero(), sum);
                   }
                   summed = true;
                   for (int64_t i = r * wide.kernel; i < (r + run) * wide.kernel; ++i) {
@@ -425,6 +448,9 @@ bool grad_weight_in_place(const ConvProblem& p) {
   return true;
 }
 
+constexpr int64_t band_pixels = 512;   // whose rows a panel holds, if they fit
+constexpr int64_t pixels_ahead = 256;  // of a row, fetched into the second cache
+
 template <class T>
 bool few_channels_grad_weight(const ConvProblem& p) {
   using E = Total<T>;
@@ -440,11 +466,6 @@ bool few_channels_grad_weight(const ConvProblem& p) {
     if (grad_weight_in_place<T>(p)) return true;
   if (s.group_out() >= L || all_rows * kernel > 1 << 13) return false;
 
-  MapAxis axis[3], grad_axis[3];
-  for (int a = 0; a < 3; ++a) {
-    axis[a] = MapAxis::of(s.axis[a], false);
-    grad_axis[a] = {axis[a].written, axis[a].written, 1, 1, 1, 1, 1, 0};
-  }
   // A task is a block of channels, or a part of its rows of taps if there are few blocks; a thread
   // moves the blocks that it has side by side.
   const int64_t blocks = (s.out_channels + L - 1) / L, threads = thread_count();
@@ -456,32 +477,65 @@ bool few_channels_grad_weight(const ConvProblem& p) {
           ? 1
           : least(least(Lanes::together(p.input, s.group_out()), Lanes::together(p.output, 1)),
                   blocks);
-  PanelShape panel{together, planes, {}, L}, grad_panel{together, 1, {}, L};
-  Chunks chunks;
-  if (!choose_chunks(axis, sizeof(E), panel_bytes, INT64_MAX, true, chunks, panel)) return false;
-  for (int a = 0; a < 3; ++a) grad_panel.extent[a] = chunks.size[a];
-
-  // The distance of each row of taps in the panel.
-  Arena& plan = plan_arena();
-  plan.reset(Arena::bytes_for<int64_t>(all_rows));
-  int64_t* const row = plan.take<int64_t>(all_rows);
-  for (int64_t r = 0; r < all_rows; ++r)
-    row[r] = r / plane_rows * panel.plane_pitch() +
-             r % plane_rows / s.axis[1].kernel * s.axis[0].dilation * panel.slice_pitch() +
-             r % s.axis[1].kernel * s.axis[1].dilation * panel.row_pitch();
+  // The panel holds the rows that a band of rows of pixels reads, row i in the place of row
+  // i - extent; small slices it holds whole. Where one row is too long it holds a piece.
+  const Axis &deep = s.axis[0], &high = s.axis[1], &wide = s.axis[2];
+  const auto extent = [](const Axis& a, int64_t pixels) {
+    return (pixels - 1) * a.stride + (a.kernel - 1) * a.dilation + 1;
+  };
+  PanelShape panel{together, planes, {extent(deep, 1), 0, 0}, L};
+  int64_t band = least(most(band_pixels / wide.out, 1), high.out), width = wide.out, pieces = 1;
+  const auto bytes = [&] {
+    panel.extent[1] = extent(high, band);
+    panel.extent[2] = most(extent(wide, width), wide.pad + L);
+    return panel.size() * static_cast<int64_t>(sizeof(E));
+  };
+  while (bytes() > panel_bytes && band > 1) --band;
+  while (bytes() > panel_bytes && width > 1) width = (wide.out + pieces) / (pieces + 1), ++pieces;
+  if (bytes() > panel_limit) return false;
+  if (deep.kernel > 1 && panel.extent[1] < high.in &&
+      bytes() / panel.extent[1] * high.in <= panel_bytes)
+    panel.extent[1] = high.in;
+  const PanelShape grad_panel{together, 1, {1, 1, most(band * width, L)}, L};
+  // How far what is read some pixels later lies from row (d, h) of sample n.
+  const auto ahead = [&](const RawView& view, int64_t slices, int64_t rows, int64_t pixels,
+                         int64_t n, int64_t d, int64_t h) {
+    int64_t step = most(pixels_ahead / pixels, 1), distance = 0;
+    if (h + step >= rows) {
+      step = least(h + step - rows, rows - 1) - h;
+      if (d + 1 < slices)
+        distance = view.stride[2];
+      else if (n + 1 < s.batch)
+        distance = view.stride[0] - d * view.stride[2];
+      else
+        step = 0;
+    }
+    return distance + step * view.stride[3];
+  };
 
   const auto work = [&](int64_t begin, int64_t end) {
-    const int64_t sums = all_rows * kernel * L;
+    const int64_t sums = all_rows * kernel * L, slots = panel.extent[0] * panel.extent[1];
     Arena& arena = task_arena();
-    arena.reset(Arena::bytes_for<E>(panel.size()) + Arena::bytes_for<E>(grad_panel.size()) +
-                Arena::bytes_for<E>(together * sums) +
+    arena.reset(Arena::bytes_for<E>(panel.size()) + Arena::bytes_for<E>(panel.row_pitch()) +
+                Arena::bytes_for<E>(grad_panel.size()) + Arena::bytes_for<E>(together * sums) +
                 Arena::bytes_for<E>(together * chains_of<T> * sums) +
-                Arena::bytes_for<const E*>(all_rows));
+                Arena::bytes_for<int64_t>(slots) + Arena::bytes_for<int64_t>(high.in) +
+                Arena::bytes_for<const E*>(band * plane_rows) +
+                Arena::bytes_for<const E*>(band * all_rows) + Arena::bytes_for<PixelRow<E>>(band));
     E* const values = arena.take<E>(panel.size());
+    E* const zeros = arena.take<E>(panel.row_pitch());  // a row in the padding
     E* const grads = arena.take<E>(grad_panel.size());
     E* const totals = arena.take<E>(together * sums);
     E* const chains = arena.take<E>(together * chains_of<T> * sums);
-    const E** const start = arena.take<const E*>(all_rows);  // what each row of taps reads
+    int64_t* const held = arena.take<int64_t>(slots);     // the row that is there
+    int64_t* const place = arena.take<int64_t>(high.in);  // of a row in its slice of the panel
+    // What each row of taps reads for a row of pixels, in the first plane of the first block (null:
+    // padding), and for the pixels of a group.
+    const E** const read = arena.take<const E*>(band * plane_rows);
+    const E** const taps = arena.take<const E*>(band * all_rows);
+    PixelRow<E>* const row_list = arena.take<PixelRow<E>>(band);
+    std::memset(zeros, 0, panel.row_pitch() * sizeof(E));
+    for (int64_t ih = 0; ih < high.in; ++ih) place[ih] = ih % panel.extent[1];
     for (int64_t task = begin; task < end;) {
       const int64_t first = task / parts, part = task % parts;
       const int64_t team = parts > 1 ? 1 : least(together, end - task);
@@ -494,48 +548,99 @@ bool few_channels_grad_weight(const ConvProblem& p) {
       const auto channel = [&](int64_t b) { return (first + b) * L; };
       for (int64_t b = 0; b < team; ++b)
         read_totals<T>(p, channel(b), r0 * kernel, count / L, totals + b * count);
-      const auto fold = [&] {
-        for (int64_t b = 0; b < team; ++b)
-          fold_chains<T>(count, chains + b * chains_of<T> * count, totals + b * count);
-      };
-      for (int64_t n = 0; n < s.batch; ++n) {
-        int64_t number = 0;  // of the sample's terms
-        for (int64_t i = 0; i < chunks.total(); ++i) {
-          const Chunk chunk = chunks.chunk(i);
-          fill_panel<T>(panel, lanes, p.input, n, axis, chunk, values);
-          fill_panel<T>(grad_panel, grad_lanes, p.output, n, grad_axis, chunk, grads);
-          for (int64_t d = 0; d < chunk.size[0]; ++d)
-            for (int64_t h = 0; h < chunk.size[1]; ++h) {
-              const E* const grad_row =
-                  grads + d * grad_panel.slice_pitch() + h * grad_panel.row_pitch();
-              const E* const panel_row = values + axis[0].base(d) * panel.slice_pitch() +
-                                         axis[1].base(h) * panel.row_pitch();
-              for (int64_t w = 0; w < chunk.size[2];) {
-                const int64_t piece = least(chunk.size[2] - w, G - number % G);
-                const bool closes = (number + piece) % G == 0 || number + piece == s.outputs();
-                for (int64_t b = 0; b < team; ++b)
-                  for (int c = 0; c < passes; ++c) {
-                    const int64_t at = w + ((number + c) % passes);
-                    const E* const corner =
-                        panel_row + b * panel.block_pitch() + axis[2].base(at) * L;
-                    for (int64_t r = r0; r < r1; ++r) start[r - r0] = corner + row[r];
-                    PixelRow<E> some{};
-                    some.grad = grad_row + b * grad_panel.block_pitch() + at * L;
-                    some.grad_pitch = passes * L;
-                    some.middle = (w + piece - at + passes - 1) / passes;
-                    some.number = number;
-                    some.begins = folds_in_tile<Vec<E>> && number % G == 0;
-                    some.ends = folds_in_tile<Vec<E>> && closes;
-                    all_taps<C>(some, start, r1 - r0, kernel, s.axis[2].dilation * L,
-                                passes * axis[2].step * L, totals + b * count,
-                                chains + (b * chains_of<T> + c) * count, count);
-                  }
-                w += piece;
-                number += piece;
-                if (!folds_in_tile<Vec<E>> && closes) fold();
-              }
+
+      // Rows [h0, h0 + rows) of slice d, `pixels` of each from w0 on: what they read is brought
+      // into the panels.
+      const auto bring = [&](int64_t n, int64_t d, int64_t h0, int64_t rows, int64_t w0,
+                             int64_t pixels) {
+        const int64_t column = wide.input_of(w0, 0), columns = extent(wide, pixels);
+        const int64_t left = least(most(-column, 0), columns);
+        const int64_t right = least(most(wide.in - column, left), columns);
+        const T* const inputs = static_cast<const T*>(p.input.data) + n * p.input.stride[0] +
+                                (column + left) * p.input.stride[4];
+        for (int64_t kd = 0; kd < deep.kernel; ++kd) {
+          const int64_t id = deep.input_of(d, kd), slice = id % panel.extent[0] * panel.extent[1];
+          for (int64_t h = 0; h < rows; ++h)
+            for (int64_t kh = 0; kh < high.kernel; ++kh) {
+              const E*& to = read[(h * deep.kernel + kd) * high.kernel + kh];
+              const int64_t ih = high.input_of(h0 + h, kh);
+              to = nullptr;
+              if (!deep.holds_input(id) || !high.holds_input(ih)) continue;
+              const int64_t slot = slice + place[ih], row = (id * high.in + ih) * wide.out + w0;
+              E* const there = values + slot * panel.row_pitch();
+              to = there;
+              if (held[slot] == row) continue;
+              held[slot] = row;
+              fill_row(panel, lanes, inputs + id * p.input.stride[2] + ih * p.input.stride[3], left,
+                       right, columns, ahead(p.input, deep.in, high.in, wide.in, n, id, ih), true,
+                       there);
             }
         }
+        const T* const outputs = static_cast<const T*>(p.output.data) + n * p.output.stride[0] +
+                                 d * p.output.stride[2] + w0 * p.output.stride[4];
+        const bool one_run =
+            pixels == wide.out && p.output.stride[3] == wide.out * p.output.stride[4];
+        const int64_t runs = one_run ? 1 : rows, run = one_run ? rows * pixels : pixels;
+        for (int64_t h = 0; h < runs; ++h)
+          fill_row(grad_panel, grad_lanes, outputs + (h0 + h) * p.output.stride[3], 0, run, run,
+                   ahead(p.output, deep.out, high.out, wide.out, n, d, h0 + h), one_run,
+                   grads + h * pixels * L);
+      };
+      // The products of `count` pixels, with numbers from `number` on, of which the first is pixel
+      // w of row h of the panel.
+      const auto add = [&](int64_t h, int64_t w, int64_t pixels, int64_t number, int64_t some,
+                           bool closes) {
+        for (int64_t b = 0; b < team; ++b)
+          for (int c = 0; c < passes; ++c) {
+            PixelRows<E> group{};
+            group.row = row_list;
+            const E** tap = taps;
+            for (int64_t done = 0, row = h, from = w; done < some; ++row, from = 0) {
+              const int64_t piece = least(pixels - from, some - done);
+              const int64_t at = from + (number + done + c) % passes;
+              PixelRow<E>& one = row_list[group.count++];
+              one = {};
+              one.grad = grads + b * grad_panel.block_pitch() + (row * pixels + at) * L;
+              one.middle = (from + piece - at + passes - 1) / passes;
+              one.taps = tap;
+              const E* const* const row_read = read + row * plane_rows;
+              int64_t q = r0 % plane_rows, plane = r0 / plane_rows * panel.plane_pitch();
+              for (int64_t r = r0; r < r1; ++r) {
+                *tap++ = (row_read[q] ? row_read[q] + b * panel.block_pitch() + plane : zeros) +
+                         at * wide.stride * L;
+                if (++q == plane_rows) q = 0, plane += panel.plane_pitch();
+              }
+              done += piece;
+            }
+            group.grad_pitch = passes * L;
+            group.number = number;
+            group.end = number + some;
+            group.begins = folds_in_tile<Vec<E>> && number % G == 0;
+            group.ends = folds_in_tile<Vec<E>> && closes;
+            all_taps<C>(group, r1 - r0, kernel, wide.dilation * L, passes * wide.stride * L,
+                        totals + b * count, chains + (b * chains_of<T> + c) * count, count);
+          }
+        if (!folds_in_tile<Vec<E>> && closes)
+          for (int64_t b = 0; b < team; ++b)
+            fold_chains<T>(count, chains + b * chains_of<T> * count, totals + b * count);
+      };
+
+      for (int64_t n = 0; n < s.batch; ++n) {
+        for (int64_t i = 0; i < slots; ++i) held[i] = -1;
+        int64_t number = 0;  // of the sample's terms
+        for (int64_t d = 0; d < deep.out; ++d)
+          for (int64_t h = 0; h < high.out; h += band)
+            for (int64_t w = 0; w < wide.out; w += width) {
+              const int64_t rows = least(band, high.out - h), pixels = least(width, wide.out - w);
+              bring(n, d, h, rows, w, pixels);
+              for (int64_t done = 0; done < rows * pixels;) {
+                const int64_t some = least(rows * pixels - done, G - number % G);
+                add(done / pixels, done % pixels, pixels, number, some,
+                    (number + some) % G == 0 || number + some == s.outputs());
+                done += some;
+                number += some;
+              }
+            }
       }
       for (int64_t b = 0; b < team; ++b)
         write_totals<T>(p, channel(b), r0 * kernel, count / L, totals + b * count);

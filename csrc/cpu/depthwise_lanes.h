@@ -15,14 +15,16 @@ struct ChannelLanes {
   using E = Total<T>;
   using V = Vec<E>;
   static constexpr int L = V::lanes, most_blocks = 4;
-  enum Kind { rows, adjacent, permuted, scattered };
+  enum Kind { rows, row_groups, adjacent, permuted, scattered };
 
   Kind kind;
   int64_t first, blocks, planes, channel_stride, w_stride;
   int64_t offset[most_blocks * L];  // of each lane's first channel; unused lanes repeat another's
   int last_count;                   // lanes in use of the last block
-  int span = 1, last_span = 1;      // permuted: channels that a block, and the last one, reads
-  int32_t index[L][L];              // permuted: for each plane the lanes' channels in that span
+  // row_groups and permuted: channels that a block, and the last one, reads; for each plane the
+  // lanes' channels in that span.
+  int span = 1, last_span = 1;
+  int32_t index[L][L];
 
   // How many blocks are worth moving together.
   static int64_t together(const RawView& view, int64_t group) {
@@ -38,31 +40,32 @@ struct ChannelLanes {
         w_stride(view.stride[4]),
         last_count(static_cast<int>(least(L, channels - (first + blocks - 1) * L))) {
     const int64_t count = (blocks - 1) * L + last_count;
-    const int64_t base = first * L / group * planes;
     for (int64_t l = 0; l < blocks * L; ++l)
       offset[l] = l < count ? (first * L + l) / group * planes * channel_stride : offset[0];
-    const int64_t last = (first * L + least(count, L) - 1) / group * planes + planes - 1;
+    const auto source = [&](int64_t l) { return (first * L + l) / group * planes; };
+    const int64_t reach = source(least(count, L) - 1) + planes - source(0);
     if (channel_stride == 1 && group == 1 && planes == 1)
       kind = adjacent;
     else if (w_stride == 1)
-      kind = rows;
-    else if (channel_stride == 1 && last - base < L)
+      kind = planes > 1 && reach <= L ? row_groups : rows;
+    else if (channel_stride == 1 && reach <= L)
       kind = permuted;
     else
       kind = scattered;
-    if (kind == permuted) {
-      span = static_cast<int>(last - base + 1);
-      last_span = static_cast<int>(offset[count - 1] - offset[(blocks - 1) * L] + planes);
+    if (kind == permuted || kind == row_groups) {
+      span = static_cast<int>(reach);
+      last_span = static_cast<int>(source(count - 1) + planes - source((blocks - 1) * L));
       for (int64_t j = 0; j < planes; ++j)
-        for (int l = 0; l < L; ++l) index[j][l] = static_cast<int32_t>(offset[l] - offset[0] + j);
+        for (int64_t l = 0; l < L; ++l)
+          index[j][l] = static_cast<int32_t>(l < count ? source(l) - source(0) + j : 0);
     }
   }
 
   // panel[block][plane][i][lane] = row[channel of (block, plane, lane)][i * w_stride], i < n.
   // What lies `ahead` is fetched next: the processor itself does not see it coming where the pieces
-  // of memory are short.
+  // of memory are short. `room`: short rows may be filled up with +0 to a vector of pixels.
   void fetch(const T* row, int64_t n, E* panel, int64_t block_pitch, int64_t plane_pitch,
-             int64_t ahead) const {
+             int64_t ahead, bool room = false) const {
     if (kind == adjacent) {
       for (int64_t i = 0; i < n; ++i) {
         const T* const from = row + offset[0] + i * w_stride;
@@ -80,11 +83,26 @@ struct ChannelLanes {
           for (int64_t j = 0; j < planes; ++j)
             x.permute(index[j]).store(panel + b * block_pitch + j * plane_pitch + i * L);
         }
+    } else if (kind == row_groups) {
+      for (int64_t b = 0; b < blocks; ++b) {
+        int64_t lane[L];
+        const int64_t last = (b + 1 < blocks ? span : last_span) - 1;
+        for (int64_t l = 0; l < L; ++l) lane[l] = offset[b * L] + least(l, last) * channel_stride;
+        fetch_groups(row, lane, n, room, ahead, panel + b * block_pitch, plane_pitch);
+      }
     } else {
       for (int64_t b = 0; b < blocks; ++b)
-        for (int64_t j = 0; j < planes; ++j)
-          fetch_plane(row + j * channel_stride, offset + b * L, n,
-                      panel + b * block_pitch + j * plane_pitch);
+        for (int64_t j = 0; j < planes; ++j) {
+          const T* const plane = row + j * channel_stride;
+          const int64_t* const lane = offset + b * L;
+          E* const to = panel + b * block_pitch + j * plane_pitch;
+          if (kind == rows)
+            fetch_rows(plane, lane, n, room, ahead, to);
+          else
+            for (int64_t i = 0; i < n; ++i)
+              for (int l = 0; l < L; ++l)
+                V::load(plane + i * w_stride + lane[l], 1).store(to + i * L + l, 1);
+        }
     }
   }
 
@@ -119,43 +137,75 @@ struct ChannelLanes {
     return last_count == L ? V::load(p) : V::load(p, last_count);
   }
 
-  void fetch_plane(const T* row, const int64_t* lane, int64_t n, E* panel) const {
-    if (kind == rows) {
-      for (int64_t next = 0; next < n; next += L) {
-        const int64_t i = least(next, most(n - L, 0));  // the last may overlap the one before
-        const int m = static_cast<int>(least(L, n - i));
-        V block[L];
-        if (m == L) {
+  // The rows row[lane[l] + i], i < n, transposed: put(i, pixel). What lies `ahead` is fetched. With
+  // `room` short rows are filled up with +0 to a whole vector of pixels.
+  template <class Put>
+  static TNC_INLINE void each_pixel(const T* row, const int64_t* lane, int64_t n, bool room,
+                                    int64_t ahead, const Put& put) {
+    for (int64_t next = 0; next < n; next += L) {
+      const int64_t i = least(next, most(n - L, 0));  // the last may overlap the one before
+      const int m = static_cast<int>(least(L, n - i));
+      V block[L];
+      if (m == L) {
 #pragma GCC unroll 16
-          for (int l = 0; l < L; ++l) block[l] = V::load(row + lane[l] + i);
-        } else {
-#pragma GCC unroll 16
-          for (int l = 0; l < L; ++l) block[l] = V::load(row + lane[l] + i, m);
+        for (int l = 0; l < L; ++l) {
+          block[l] = V::load(row + lane[l] + i);
+          prefetch(row + lane[l] + i + ahead);
         }
-        V::transpose(block);
-        E* const to = panel + i * L;
-        if (m == L) {
+      } else {
 #pragma GCC unroll 16
-          for (int q = 0; q < L; ++q) block[q].store(to + q * L);
-        } else {
-#pragma GCC unroll 16
-          for (int q = 0; q < L; ++q)
-            if (q < m) block[q].store(to + q * L);
+        for (int l = 0; l < L; ++l) {
+          block[l] = V::load(row + lane[l] + i, m);
+          prefetch(row + lane[l] + i + ahead);
         }
       }
-    } else {
-      for (int64_t i = 0; i < n; ++i)
-        for (int l = 0; l < L; ++l)
-          V::load(row + i * w_stride + lane[l], 1).store(panel + i * L + l, 1);
+      V::transpose(block);
+      if (m == L || room) {
+#pragma GCC unroll 16
+        for (int q = 0; q < L; ++q) put(i + q, block[q]);
+      } else {
+#pragma GCC unroll 16
+        for (int q = 0; q < L; ++q)
+          if (q < m) put(i + q, block[q]);
+      }
     }
   }
+
+  // Not inlined: the compiler would keep the addresses of all lanes in registers that it has not.
+  __attribute__((noinline)) static void fetch_rows(const T* row, const int64_t* lane, int64_t n,
+                                                   bool room, int64_t ahead, E* panel) {
+    each_pixel(row, lane, n, room, ahead,
+               [&](int64_t i, V x) __attribute__((always_inline)) { x.store(panel + i * L); });
+  }
+  __attribute__((noinline)) void fetch_groups(const T* row, const int64_t* lane, int64_t n,
+                                              bool room, int64_t ahead, E* panel,
+                                              int64_t plane_pitch) const {
+    each_pixel(row, lane, n, room, ahead, [&](int64_t i, V x) __attribute__((always_inline)) {
+      for (int64_t j = 0; j < planes; ++j)
+        x.permute(index[j]).store(panel + j * plane_pitch + i * L);
+    });
+  }
 };
+
+// A row of the panel: from `row` on the columns [left, right), else +0.
+template <class T>
+void fill_row(const PanelShape& shape, const ChannelLanes<T>& lanes, const T* row, int64_t left,
+              int64_t right, int64_t columns, int64_t ahead, bool room, Total<T>* panel) {
+  using V = Vec<Total<T>>;
+  for (int64_t b = 0; b < lanes.blocks; ++b)
+    for (int64_t j = 0; j < shape.planes; ++j) {
+      Total<T>* const to = panel + b * shape.block_pitch() + j * shape.plane_pitch();
+      for (int64_t i = 0; i < left; ++i) V::zero().store(to + i * V::lanes);
+      for (int64_t i = right; i < columns; ++i) V::zero().store(to + i * V::lanes);
+    }
+  lanes.fetch(row, right - left, panel + left * V::lanes, shape.block_pitch(), shape.plane_pitch(),
+              ahead, room);
+}
 
 // Fills it with what the written positions of a chunk may read; outside the tensor +0.
 template <class T>
 void fill_panel(const PanelShape& shape, const ChannelLanes<T>& lanes, const RawView& view,
                 int64_t n, const MapAxis* axis, const Chunk& chunk, Total<T>* panel) {
-  using V = Vec<Total<T>>;
   int64_t first[3], need[3];
   for (int a = 0; a < 3; ++a) {
     first[a] = axis[a].first_source(chunk.begin[a]);
@@ -168,19 +218,12 @@ void fill_panel(const PanelShape& shape, const ChannelLanes<T>& lanes, const Raw
     for (int64_t h = 0; h < need[1]; ++h) {
       const int64_t sd = first[0] + d, sh = first[1] + h;
       const bool inside = sd >= 0 && sd < axis[0].source && sh >= 0 && sh < axis[1].source;
-      Total<T>* const row = panel + d * shape.slice_pitch() + h * shape.row_pitch();
-      for (int64_t b = 0; b < lanes.blocks; ++b)
-        for (int64_t j = 0; j < shape.planes; ++j) {
-          Total<T>* const to = row + b * shape.block_pitch() + j * shape.plane_pitch();
-          for (int64_t i = 0; i < (inside ? left : need[2]); ++i)
-            V::zero().store(to + i * V::lanes);
-          for (int64_t i = right; i < need[2]; ++i) V::zero().store(to + i * V::lanes);
-        }
-      if (inside)
-        lanes.fetch(
-            sample + sd * view.stride[2] + sh * view.stride[3] + (first[2] + left) * view.stride[4],
-            right - left, row + left * V::lanes, shape.block_pitch(), shape.plane_pitch(),
-            view.stride[3]);
+      fill_row(shape, lanes,
+               inside ? sample + sd * view.stride[2] + sh * view.stride[3] +
+                            (first[2] + left) * view.stride[4]
+                      : nullptr,
+               inside ? left : need[2], inside ? right : need[2], need[2], view.stride[3], false,
+               panel + d * shape.slice_pitch() + h * shape.row_pitch());
     }
 }
 
