@@ -139,9 +139,9 @@ bool dense_grad_input(const ConvProblem& p) {
     });
     if (!multiply_images(call, grids, count, false, special)) return false;
   } else {
-    // The phases of as many samples take turns as stay in the cache while they are written.
+    // The phases of as many samples take turns as stay in the caches while they are written.
     const int64_t sample = s.in_channels * s.inputs() * int64_t{sizeof(S)};
-    const int64_t at_once = phases == 1 ? s.batch : most(phase_bytes / sample, 1);
+    const int64_t at_once = phases == 1 ? s.batch : thread_count() * most(phase_bytes / sample, 1);
     for (int64_t n = 0; n < s.batch; n += at_once) {
       Images<S> part = call;
       part.image += n * p.output.stride[0];

@@ -339,10 +339,23 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
                                        origin * grad_stride[4];
                 for (int64_t t = 0; t < last - first; t += K::group) {
                   const int64_t left = last - first - t;
+                  const bool resume = resumed || n > 0 || first + t > 0;
+                  if constexpr (std::is_same_v<S, T>)
+                    if (rows <= 4 && lists == 1 && tile.lanes == tile.vecs * L &&
+                        grad_stride[4] == 1 && alike && left >= K::group) {
+                      const auto multiply = rows == 1   ? multiply_turned<T, 1>
+                                            : rows == 2 ? multiply_turned<T, 2>
+                                            : rows == 3 ? multiply_turned<T, 3>
+                                                        : multiply_turned<T, 4>;
+                      const int32_t* const offset = lane_offset + t;
+                      multiply(row, term + t, K::group, lanes, grad_stride[1], offset,
+                               left >= 2 * K::group ? offset + K::group : offset, tile.vecs, total,
+                               resume);
+                      continue;
+                    }
                   pack_panel(panel, tile.vecs, tile.lanes, lanes, grad_stride[1], lane_offset + t,
                              least(left, K::group), 1, lane_offset + t + K::group,
                              least(left - K::group, K::group));
-                  const bool resume = resumed || n > 0 || first + t > 0;
                   for (int64_t list = 0; list < lists; ++list) {
                     const int64_t terms = terms_of[list * chunk_groups + t / K::group];
                     const int32_t length[max_chains] = {static_cast<int32_t>(up(terms, K::chains)),

@@ -249,4 +249,40 @@ void multiply_vectors(const T* const* vector, int64_t vectors, const Term* terms
   });
 }
 
+// total[r] += a group of `terms` terms, for so few rows that a panel would serve them badly: blocks
+// of lanes are turned in registers instead. lane[i * lane_stride + offset[t]] is term t of lane i;
+// whole vectors of lanes and of terms, a vector of terms side by side. The memory at `next` is
+// asked for early.
+template <class T, int Rows>
+void multiply_turned(const T* const* row, const Term* term, int64_t terms, const T* lane,
+                     int64_t lane_stride, const int32_t* offset, const int32_t* next, int vecs,
+                     T* total, bool resume) {
+  using V = Vec<T>;
+  constexpr int L = V::lanes;
+  for (int j = 0; j < vecs; ++j, lane += L * lane_stride) {
+    V chain[Rows];
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) chain[r] = V::zero();
+    for (int64_t t = 0; t < terms; t += L) {
+      V block[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) {
+        prefetch(lane + i * lane_stride + next[t]);
+        block[i] = V::load(lane + i * lane_stride + offset[t]);
+      }
+      V::transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i)
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r)
+          chain[r] = fma(V::broadcast(row[r][term[t + i].in_place]), block[i], chain[r]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      T* const to = total + (r * vecs + j) * L;
+      (resume ? V::load(to) + chain[r] : chain[r]).store(to);
+    }
+  }
+}
+
 }  // namespace torch_naiveconv::TNC_ISA
