@@ -49,9 +49,9 @@ def values(generator, shape, dtype, kind):
     return t.to(dtype)
 
 
-def strided(draw, t):
+def strided(draw, t, way=None):
     """The same values in one of several memory layouts."""
-    way = draw.choice(["contiguous", "contiguous", "channels_last", "permuted", "gaps"])
+    way = way or draw.choice(["contiguous", "contiguous", "channels_last", "permuted", "gaps"])
     if way == "channels_last" and t.dim() in (4, 5):
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
         return t.contiguous(memory_format=formats[t.dim()])
@@ -66,16 +66,16 @@ def strided(draw, t):
     return t
 
 
-def check(draw, dtype, kind, n, c, k, groups, axes, row):
+def check(draw, dtype, kind, n, c, k, groups, axes, row, layout=None):
     """All three maps of one shape; axes: (in, kernel, stride, dilation, before, after) each."""
     dims = len(axes)
     sizes, kernel, stride, dilation, *pads = (list(column) for column in zip(*axes, strict=True))
     padding = [tuple(pair) for pair in zip(*pads, strict=True)]
     out = [(i + b + a - d * (m - 1) - 1) // s + 1 for i, m, s, d, b, a in axes]
     generator = torch.Generator().manual_seed(draw.randrange(2**31))
-    x = strided(draw, values(generator, (n, c, *sizes), dtype, kind))
-    w = strided(draw, values(generator, (k, c // groups, *kernel), dtype, kind))
-    g = strided(draw, values(generator, (n, k, *out), dtype, kind))
+    x = strided(draw, values(generator, (n, c, *sizes), dtype, kind), layout)
+    w = strided(draw, values(generator, (k, c // groups, *kernel), dtype, kind), layout)
+    g = strided(draw, values(generator, (n, k, *out), dtype, kind), layout)
     bias = values(generator, (k,), dtype, kind) if draw.random() < 0.5 else None
     arguments = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     conv = getattr(F, f"conv{dims}d")
@@ -145,16 +145,26 @@ NAMED = {
     ),
     "cut, strided and dilated": (1, 40, 20, 1, [(21, 3, 2, 5, 5, 4), (20, 5, 1, 4, 8, 8)]),
     "cut vectors of pixels": (4, 30, 6, 1, [(16, 5, 1, 1, 2, 2)] * 2),
+    "one filter, pointwise": (2, 48, 1, 1, [(13, 1, 1, 1, 0, 0), (25, 1, 1, 1, 0, 0)]),
+    "two filters, pointwise": (1, 33, 2, 1, [(16, 1, 1, 1, 0, 0), (24, 1, 1, 1, 0, 0)]),
+    "three filters, pointwise": (1, 16, 3, 1, [(300, 1, 1, 1, 0, 0)]),
+    "four filters, pointwise": (1, 64, 4, 1, [(8, 1, 1, 1, 0, 0), (32, 1, 1, 1, 0, 0)]),
+    "rows in halves": (2, 3, 25, 1, [(31, 3, 2, 1, 1, 1), (35, 3, 2, 1, 2, 0)]),
+    "rows in halves, dilated": (2, 2, 9, 1, [(40, 3, 2, 2, 2, 2), (67, 4, 2, 3, 5, 1)]),
+    "phases stored in pairs": (2, 3, 20, 1, [(31, 3, 2, 1, 1, 1), (70, 5, 2, 1, 2, 2)]),
+    "phases stored in fours": (2, 2, 20, 1, [(21, 4, 4, 1, 0, 0), (83, 7, 4, 1, 3, 3)]),
+    "a rest of few rows": (2, 1, 40, 1, [(15, 3, 1, 1, 1, 1)] * 2),
     "strides larger than the kernel": (2, 20, 20, 1, [(17, 2, 5, 1, 0, 0)] * 2),
     "kernel larger than the image": (2, 20, 20, 1, [(3, 7, 1, 1, 3, 3)] * 2),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [None, "contiguous", "channels_last"])
 @pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize("row", FAST)
-def test_named(row, name, dtype):
-    check(random.Random(name), dtype, "normal", *NAMED[name], row)
+def test_named(row, name, layout, dtype):
+    check(random.Random(name), dtype, "normal", *NAMED[name], row, layout)
 
 
 @pytest.mark.parametrize("row", FAST)
