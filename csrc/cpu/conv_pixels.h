@@ -610,9 +610,9 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
   }
 
   // Phases of few channels along w are stored together.
-  const int64_t stride = grid[0][2].step;
+  const int64_t stride = phase[0].grid[2].step;
   const bool interleaves = wide && call.target_stride[4] == 1 && (stride == 2 || stride == 4) &&
-                           phases >= stride && grid[stride - 1][2].first == stride - 1;
+                           phases >= stride && phase[stride - 1].grid[2].first == stride - 1;
   const int at_once = interleaves ? static_cast<int>(stride) : 1;  // phases
 
   int64_t row_step[3], hop[3];  // from pixel to pixel, in the image or the patch
