@@ -70,7 +70,7 @@ struct Vec {
 
   TNC_INLINE void store(T* p) const { __builtin_memcpy(p, &v, sizeof(v)); }
   TNC_INLINE void store(T* p, int n) const {
-    for (int i = 0; i < n; ++i) p[i] = v[i];
+    for (int i = 0; i < n && i < lanes; ++i) p[i] = v[i];  // n <= lanes, which GCC does not see
   }
   template <class Narrow>
   TNC_INLINE void store(Narrow* p) const {
