@@ -2,9 +2,9 @@
 
 Both libraries run in this process, in turns; a time is the median of several rounds, and the ratio
 is torch's time divided by ours, so above 1 we are faster. Freed memory is kept by the process
-(with glibc), so that neither side pays for fetching pages anew. Before a layer is timed its result is
-compared with impl="naive", bit for bit: max-pooling whole, convolution on as many channels of the
-first sample (weight gradient: of all samples) as the naive loop does quickly. GFLOP/s count two
+(with glibc), so that neither side pays for fetching pages anew. Before a layer is timed its result
+is compared with impl="naive", bit for bit: max-pooling whole, convolution on as many channels of
+the first sample (weight gradient: of all samples) as the naive loop does quickly. GFLOP/s count two
 operations for each multiply-add of the definition, and "peak" is what this command measured with
 multiply-adds on registers alone; GB/s count the bytes of input and output once, and "copy" is
 what copying a large tensor reaches.
@@ -297,8 +297,10 @@ def tiny_calls(rounds: int) -> Iterator[str]:
 
 def copy_bandwidth() -> float:
     """Bytes a second, read and written, of copying a tensor larger than any cache."""
-    source = torch.ones(COPIED_BYTES // 4)
-    target = torch.empty_like(source)
+    # Half a page apart: a load soon after a store to the same place of another page waits for it.
+    count, half_page = COPIED_BYTES // 4, 512
+    both = torch.ones(2 * count + half_page)
+    source, target = both[:count], both[count + half_page :]
     (seconds,) = medians([lambda: target.copy_(source)], 5)
     return 2.0 * COPIED_BYTES / seconds
 
