@@ -180,7 +180,12 @@ bool has_vectors_of_pixels(const Images<S>& call, const GridAxis (&grid)[3]) {
   if (call.target_stride[1] == 1) return pixels_used > 2 * channels_used;
   // Storing NCHW out of vectors of channels costs as much as four terms more.
   const double terms = double(call.image_channels * grid[0].taps * grid[1].taps * grid[2].taps);
-  return pixels_used * (1 + 4 / terms) > 1.05 * channels_used;
+  // Terms that are read in place (see below) a multiple of 256 bytes apart crowd a quarter of the
+  // first cache's sets, or less: rather whole lines of each.
+  const bool crowded = !is_half_type<S> && terms == double(call.image_channels) &&
+                       grid[2].image_step == 1 && call.image_stride[4] == 1 &&
+                       call.image_stride[1] * int64_t{sizeof(S)} % 256 == 0;
+  return pixels_used * (1 + 4 / terms) > (crowded ? 0.95 : 1.05) * channels_used;
 }
 
 // What the patch of a box holds of an axis: what any of the phases reads, of which pixel j reads
@@ -286,15 +291,10 @@ void multiply_lanes(const Images<S>& call, const Phase& phase, const S* weight, 
     const int32_t* const lane = phase.lane + phase.start[g];
     const int64_t n = phase.start[g + 1] - phase.start[g];
     if (n == 0 && g > 0) continue;
-    if (wide) {
-      for (int64_t t = 0; t < n; ++t)
-        for (int64_t i = 0; i < tile.lanes; ++i)
-          panel[t * tile.lanes + i] = widened(weight[i * call.lane_stride + lane[t]]);
-    } else {
-      const int32_t* const start = phase.start + g;
-      pack_panel(panel, tile.vecs, tile.lanes, weight, call.lane_stride, lane, n, step,
-                 phase.lane + start[1], g + 1 < g1 ? start[2] - start[1] : 0);
-    }
+    const int32_t* const start = phase.start + g;
+    pack_panel(panel, wide ? tile.lanes : tile.vecs * Vec<T>::lanes, tile.lanes, weight,
+               call.lane_stride, lane, n, step, phase.lane + start[1],
+               g + 1 < g1 ? start[2] - start[1] : 0);
     const T* const* from = row;
     T* to = total;
     Finish<T> here = finish ? *finish : Finish<T>{};
@@ -515,27 +515,27 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
     patch_size[a] = reach[a].most_size(count);
   }
 
-  // Does a row point into the image or into a patch? In place, the terms of a row should lie side
-  // by side: a patch is compact. Whole vectors of pixels that only a few filters read are not worth
-  // a copy.
-  const bool few_filters =
-      call.lanes <= 4 && call.image_stride[4] == 1 && reach[2].count >= part[3] * L;
+  // Does a row point into the image or into a patch? What a single tap reads serves no other tap,
+  // so it is not worth a copy where pixels, or the terms of a pixel, lie side by side.
+  const bool pixels_in_place =
+      call.image_stride[4] == 1 && (!wide || reach[2].count >= part[3] * L);
+  const bool terms_in_place = call.image_stride[1] == 1 && !wide;
   bool patched = is_half_type<S> || phases > 1 || all_taps > 1 || reach[2].step > 1 ||
-                 (wide ? !few_filters : call.image_stride[1] != 1);
+                 !(pixels_in_place || terms_in_place);
   int64_t extent = call.image_channels * std::llabs(call.image_stride[1]);
   for (int a = 0; a < 3; ++a) {
     patched = patched || reach[a].padding;
     extent += patch_size[a] * reach[a].hop * std::llabs(call.image_stride[a + 2]);
   }
   patched = patched || extent > INT32_MAX;
-  int64_t patch_channels = 0;
+  const int64_t plane =
+      box_samples * patch_size[0] * patch_size[1] * patch_size[2] * int64_t{sizeof(T)};
+  const int64_t patch_channels =
+      least(call.image_channels, most(patch_bytes / plane, channels_in_group));
   // Vectors of pixels that a stride of 2 steps through: every second element of a row side by side.
   const bool halves = wide && reach[2].step == 2 && reach[2].hop == 1;
   PatchLayout layout;
   if (patched) {
-    const int64_t plane =
-        box_samples * patch_size[0] * patch_size[1] * patch_size[2] * int64_t{sizeof(T)};
-    patch_channels = least(call.image_channels, most(patch_bytes / plane, channels_in_group));
     const bool channels_last = call.image_stride[1] == 1 && call.image_stride[4] != 1;
     layout = channels_last && !wide ? PatchLayout::by_pixel(patch_channels, patch_size)
                                     : PatchLayout::of(patch_channels, patch_size, halves);
@@ -545,7 +545,7 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
     layout.channel = call.image_stride[1];
     for (int a = 0; a < 3; ++a) layout.axis[a] = call.image_stride[a + 2];
   }
-  const bool one_chunk = !patched || patch_channels == call.image_channels;
+  const bool one_chunk = patch_channels == call.image_channels;
 
   // The terms.
   const int64_t groups = up(call.image_channels * all_taps, K::group);
@@ -722,7 +722,7 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
               if (first_channel + patch_channels >= call.image_channels) g1 = groups;
               g1 = least(g1, groups);
               const int64_t move = (first_channel - chunk_channel) * layout.channel;
-              for (int64_t r = 0; r < phases * box_rows; ++r) row[r] -= move;
+              for (int64_t r = 0; r < phases * box_rows && patched; ++r) row[r] -= move;
               chunk_channel = first_channel;
             }
             if (patched) {

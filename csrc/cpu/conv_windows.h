@@ -353,8 +353,8 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
                                resume);
                       continue;
                     }
-                  pack_panel(panel, tile.vecs, tile.lanes, lanes, grad_stride[1], lane_offset + t,
-                             least(left, K::group), 1, lane_offset + t + K::group,
+                  pack_panel(panel, tile.vecs * L, tile.lanes, lanes, grad_stride[1],
+                             lane_offset + t, least(left, K::group), 1, lane_offset + t + K::group,
                              least(left - K::group, K::group));
                   for (int64_t list = 0; list < lists; ++list) {
                     const int64_t terms = terms_of[list * chunk_groups + t / K::group];

@@ -59,9 +59,10 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
   constexpr int L = V::lanes;
   constexpr int pointers = Wide ? Vecs : Rows;
   const int64_t* position = finish ? finish->position : nullptr;
+  const int far = length[0] > 64 ? 1 : 2;  // tiles: what is asked for comes from far away
   for (; tiles > 0; --tiles, in_place += pointers, total += Rows * Vecs * L) {
     const Term* term = terms;
-    const T* const ahead = last - in_place > 2 * pointers ? in_place[2 * pointers] : *last;
+    const T* const ahead = last - in_place > far * pointers ? in_place[far * pointers] : *last;
     if (!Wide && finish) {
       const int64_t* const next = position + (last - in_place > 3 * pointers ? 2 * pointers : 0);
 #pragma GCC unroll 16
@@ -82,9 +83,8 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
       for (int32_t n = length[c]; n > 0; --n) {
         const int64_t o = term->in_place;
         const T* const packed = panel + term++->packed * int64_t{Wide ? Rows : Vecs * L};
-        // All lines, where the memory's speed decides.
 #pragma GCC unroll 8
-        for (int j = 0; j < (Wide && Rows <= 2 ? Vecs : 1); ++j) prefetch(ahead + o + j * L);
+        for (int j = 0; j < (Wide ? Vecs : 1); ++j) prefetch_near(ahead + o + j * L);
         if constexpr (Wide && Rows < Vecs) {
           V row[Rows];
 #pragma GCC unroll 16

@@ -61,6 +61,7 @@ TNC_INLINE float widened(BFloat16 x) { return widen(x); }
 TNC_INLINE float widened(Half x) { return widen(x); }
 
 TNC_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+TNC_INLINE void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
 TNC_INLINE void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }
 
 // zero_run, copy_run and copy_transposed write whole vectors: up to L - 1 elements behind the last.
@@ -82,12 +83,19 @@ TNC_INLINE void copy_run(T* dst, const S* src, int64_t stride, int64_t n) {
     if (i < n) V::load(src + i, static_cast<int>(n - i)).store(dst + i);
     return;
   }
-  if (stride == 2)  // the element behind the last one is never read
-    for (; i + L < n; i += L) {
+  if (stride == 2) {
+    for (; i < n; i += L) {
+      const int64_t rest = 2 * (n - i) - 1;  // the element behind the last one is never read
       V even, odd;
-      V::split(V::load(src + 2 * i), V::load(src + 2 * i + L), even, odd);
+      if (rest >= 2 * L)
+        V::split(V::load(src + 2 * i), V::load(src + 2 * i + L), even, odd);
+      else
+        V::split(V::load(src + 2 * i, static_cast<int>(least(rest, L))),
+                 V::load(src + 2 * i + L, static_cast<int>(most(rest - L, 0))), even, odd);
       even.store(dst + i);
     }
+    return;
+  }
   for (; i < n; ++i) dst[i] = widened(src[i * stride]);
 }
 
@@ -152,31 +160,31 @@ TNC_INLINE int run_length(const Integer* number, int64_t limit, int64_t step = 1
   return n;
 }
 
-// panel[t][j] = src[j * lane_stride + offset[t]] for t < terms, j < lanes; +0 up to vecs vectors.
+// panel[t][j] = src[j * lane_stride + offset[t]] for t < terms, j < lanes; +0 up to j < pitch.
 // Terms that are `step` apart may lie side by side in memory: the taps of a channel if that is 1,
 // the channels of a tap if it is their number. Meanwhile the memory of the panel after this one,
 // whose terms are `next`, is asked for, a few lines at a time: a burst of them would hold up the
 // loads.
 template <class T, class S>
-void pack_panel(T* panel, int vecs, int lanes, const S* src, int64_t lane_stride,
+void pack_panel(T* panel, int pitch, int lanes, const S* src, int64_t lane_stride,
                 const int32_t* offset, int64_t terms, int64_t step, const int32_t* next,
                 int64_t next_terms) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
   constexpr int line = 64 / sizeof(S);
-  const int64_t pitch = int64_t{vecs} * L;
   if (lane_stride == 1) {
     for (int64_t t = 0; t < terms; ++t, panel += pitch) {
       const S* const from = src + offset[t];
       for (int k = 0; k < lanes && t < next_terms; k += line) prefetch(src + next[t] + k);
       int j = 0;
       for (; j + L <= lanes; j += L) V::load(from + j).store(panel + j);
-      if (j < lanes) V::load(from + j, lanes - j).store(panel + j);
+      if (j < lanes) V::load(from + j, lanes - j).store(panel + j, pitch - j < L ? pitch - j : L);
     }
     return;
   }
   for (int j = 0; j < lanes; j += L) {
     const int some = lanes - j < L ? lanes - j : L;
+    const int padded = pitch - j < L ? pitch - j : L;
     const S* const lane = src + j * lane_stride;
     for (int64_t first = 0; first < step; ++first)
       for (int64_t t = first; t < terms;) {
@@ -201,12 +209,12 @@ void pack_panel(T* panel, int vecs, int lanes, const S* src, int64_t lane_stride
             V::transpose(block);
 #pragma GCC unroll 16
             for (int i = 0; i < L; ++i)
-              if (i < run) block[i].store(to + i * apart);
+              if (i < run) block[i].store(to + i * apart, padded);
           }
         } else {
           for (int i = 0; i < run; ++i) {
             for (int l = 0; l < some; ++l) to[i * apart + l] = widened(from[l * lane_stride + i]);
-            for (int l = some; l < L; ++l) to[i * apart + l] = T(0);
+            for (int l = some; l < padded; ++l) to[i * apart + l] = T(0);
           }
         }
       }
