@@ -10,10 +10,11 @@ namespace torch_naiveconv::TNC_ISA {
 
 // Of what a task reads of its image at a time, in a patch or in place, unless one group needs more.
 constexpr int64_t patch_bytes = 192 << 10;
-constexpr int64_t total_bytes = 1 << 20;  // of a task's totals
-constexpr int64_t phase_bytes = 1 << 20;  // of the samples whose stride phases take turns
-constexpr int64_t rows_of_task = 2048;    // pixels that share a packed panel, at most
-constexpr int64_t work_of_task = 50000;   // multiply-adds below which a thread is not worth waking
+constexpr int64_t source_bytes = 1 << 20;  // of a channels_last image that several patches read
+constexpr int64_t total_bytes = 1 << 20;   // of a task's totals
+constexpr int64_t phase_bytes = 1 << 20;   // of the samples whose stride phases take turns
+constexpr int64_t rows_of_task = 2048;     // pixels that share a packed panel, at most
+constexpr int64_t work_of_task = 50000;    // multiply-adds below which a thread is not worth waking
 
 // The type that products of S are kept in, how many chains a group has, and its length.
 template <class S>

@@ -493,6 +493,12 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
   int64_t target = least(rows_of_task, most(rows_of_task / 2, pixels_of_patch));
   if (phases > 1)
     target = least(target, most(64, phase_bytes / (int64_t{sizeof(T)} * call.lanes * phases)));
+  const bool channels_last = call.image_stride[1] == 1 && call.image_stride[4] != 1;
+  if (channels_last && all_taps > 1) {  // some channels are read at a time, but lines hold more
+    const int64_t pixel =
+        call.image_channels * int64_t{sizeof(S)} * reach[0].step * reach[1].step * reach[2].step;
+    target = least(target, most(source_bytes / pixel, rows_of_task / 4));
+  }
   const int64_t wanted = up(threads, lane_blocks * call.groups);
   if (wanted > 1) target = least(target, most(up(call.batch * pixels, wanted), 32));
   int64_t part[4] = {call.batch, 1, 1, 1};  // pieces of n, d, h, w
@@ -536,7 +542,6 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
   const bool halves = wide && reach[2].step == 2 && reach[2].hop == 1;
   PatchLayout layout;
   if (patched) {
-    const bool channels_last = call.image_stride[1] == 1 && call.image_stride[4] != 1;
     layout = channels_last && !wide ? PatchLayout::by_pixel(patch_channels, patch_size)
                                     : PatchLayout::of(patch_channels, patch_size, halves);
     if (layout.elements > INT32_MAX / 2 || layout.channel * call.image_channels > INT32_MAX)
