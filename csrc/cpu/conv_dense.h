@@ -205,13 +205,16 @@ inline ConvProblem joined(const ConvProblem& p) {
   return q;
 }
 
-// The share of the terms whose input is not padding.
+// The share of the terms whose input is not padding; none if an output reads nothing else.
 inline double share_of_terms_inside(const ConvShape& s) {
   double share = 1;
   for (const Axis& a : s.axis) {
     int64_t inside = 0;
-    for (int64_t k = 0; k < a.kernel; ++k)
-      for (int64_t o = 0; o < a.out; ++o) inside += a.holds_input(a.input_of(o, k));
+    for (int64_t o = 0; o < a.out; ++o) {
+      const int64_t before = inside;
+      for (int64_t k = 0; k < a.kernel; ++k) inside += a.holds_input(a.input_of(o, k));
+      if (inside == before) return 0;
+    }
     share *= double(inside) / double(a.kernel * a.out);
   }
   return share;
@@ -221,7 +224,8 @@ template <class S>
 bool dense_grad_weight(const ConvProblem& p) {
   constexpr int L = Vec<typename Kind<S>::T>::lanes;
   const ConvShape& s = p.shape;
-  if (p.total != nullptr) return multiply_windows<S>(p, false);
+  bool special = false;
+  if (p.total != nullptr) return multiply_windows<S>(p, false, special);
   if (s.groups == 1 && is_pointwise(s)) {
     // Packing a vector of lanes costs about as much as 8 products; few rows, or one vector of lanes
     // only, are too few chains to hide the latency of an fma.
@@ -230,13 +234,16 @@ bool dense_grad_weight(const ConvProblem& p) {
       return vecs * 8 + (vecs == 1 ? 2 : vecs) * most(rows, 3);
     };
     const bool swap = cost(s.in_channels, s.out_channels) < cost(s.out_channels, s.in_channels);
-    return multiply_windows<S>(joined(swap ? swapped(p) : p), false);
+    return multiply_windows<S>(joined(swap ? swapped(p) : p), false, special);
   }
+  // A product of padding and an infinity or a NaN is a NaN: it may be left out only of a finite
+  // gradient. One that is not finite shows, since each output reads the image with some tap.
+  const double inside = share_of_terms_inside(s);
+  if (is_half_type<S> || s.group_in() < 16 || inside == 0 || inside > 0.95)
+    return multiply_windows<S>(p, false, special);
   const int64_t size[5] = {s.batch, s.out_channels, s.axis[0].out, s.axis[1].out, s.axis[2].out};
-  if (is_half_type<S> || s.group_in() < 16 || share_of_terms_inside(s) > 0.95 ||
-      !all_finite<S>(p.output, size))
-    return multiply_windows<S>(p, false);
-  return multiply_windows<S>(p, true) || multiply_windows<S>(p, false);
+  return (multiply_windows<S>(p, true, special) && (!special || all_finite<S>(p.output, size))) ||
+         multiply_windows<S>(p, false, special);
 }
 inline bool run_dense(const ConvProblem& p) {
   if (p.shape.batch == 0 || p.shape.outputs() == 0 || p.shape.group_in() == 0 ||

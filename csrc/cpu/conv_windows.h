@@ -114,9 +114,10 @@ void list_pixels(const ConvShape& s, const Bands& bands, int64_t first, int64_t 
 }
 
 // Terms whose input lies in the padding are products with +0; `skip_padding` leaves them out, which
-// is exact if the gradient is finite. Then each tap has its own list of terms.
+// is exact if the gradient is finite. Then each tap has its own list of terms. Returns false to
+// decline; `special` becomes true if an infinity or a NaN was written.
 template <class S>
-bool multiply_windows(const ConvProblem& p, bool skip_padding) {
+bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
   using K = Kind<S>;
   using T = typename K::T;
   constexpr int L = Vec<T>::lanes;
@@ -379,17 +380,21 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding) {
                           h * weight_stride[3] + w * weight_stride[4];
           });
           const T* total = totals;
+          bool task_special = false;
           for (int64_t i = 0; i < block.tiles; ++i) {
             const LaneTile tile = block.tile(i);
             const int64_t base = (group * s.group_out() + tile.first) * weight_stride[0];
             if (p.keep_total)
-              store_rows(total, rows, tile.vecs, tile.lanes, no_bias,
-                         static_cast<T*>(p.weight.data) + base, position, weight_stride[0], order);
+              task_special |= store_rows(total, rows, tile.vecs, tile.lanes, no_bias,
+                                         static_cast<T*>(p.weight.data) + base, position,
+                                         weight_stride[0], order);
             else
-              store_rows(total, rows, tile.vecs, tile.lanes, no_bias,
-                         static_cast<S*>(p.weight.data) + base, position, weight_stride[0], order);
+              task_special |= store_rows(total, rows, tile.vecs, tile.lanes, no_bias,
+                                         static_cast<S*>(p.weight.data) + base, position,
+                                         weight_stride[0], order);
             total += rows * tile.vecs * L;
           }
+          if (task_special) __atomic_store_n(&special, true, __ATOMIC_RELAXED);
         }
       });
   return true;
