@@ -150,6 +150,7 @@ void fold_as(Rows<L> to, Rows<L> from, int64_t rows, int64_t count, const Tap* t
       Best<L> best = tap(taps[0]);
       for (int64_t k = 1; k < tap_count; ++k) challenge<indexed, last, L>(best, tap(taps[k]));
       L* const target = to.value + r * to.pitch + i;
+      if (exact) prefetch_stores(target, vector_bytes);
       if (whole)
         store(target, best.value);
       else
@@ -235,6 +236,7 @@ void across_rows(const L* from, int64_t pitch, int64_t rows, const Axis& width, 
       o = std::min(o, end);  // the last vector overlaps the one before it
       const int64_t first = o * stride - width.pad;
       const L* const place = from + r * pitch + first;
+      prefetch_loads(place, stride * vector_bytes);
       Best<L> best;
       if (first >= 0 && first + (V - 1) * stride + kernel <= width.in) {
         best = row_winners<stride, kernel, false, indexed, last, L>(place, nullptr, low, step);
@@ -503,6 +505,7 @@ class Forward {
       step = w.stride;
     }
     const int64_t outer = p_.index.stride[4];
+    prefetch_stores(index_at(t, oh, t.column), t.columns * t.lanes * codec_.index_size);
     if (!channels_last_)
       return codec_.write_index(index_at(t, oh, t.column), outer, t.columns, index, base, step);
     if (step == 0 && outer == t.lanes && p_.index.stride[1] == 1)

@@ -191,7 +191,7 @@ void add_terms(const Sums<L>& s, int64_t rows, int64_t phases, int64_t count, co
         }
       }
       for (int v = 0; v < n; ++v) {
-        if (exact) prefetch_to_write(to + i + v * V + pixels_ahead * s.to_pitch);
+        if (exact) prefetch_stores(to + i + v * V, vector_bytes);
         if (whole)
           store(to + i + v * V, canonical_sum<L>(sum[v]));
         else
@@ -258,7 +258,6 @@ void expand_rows(GradRow<L> row, int64_t grad_pitch, int64_t index_pitch, int64_
                  int64_t windows, int64_t height, L* to, int64_t pitch) {
   constexpr int V = lanes<L>;
   for (int64_t r = 0; r < rows; ++r) {
-    prefetch_behind(to, height, windows * stride * int64_t(sizeof(L)));
     for (int64_t o = 0; o < windows; o += V) {
       // The last vector overlaps the one before it.
       if (windows >= V) o = std::min(o, windows - V);
@@ -270,6 +269,7 @@ void expand_rows(GradRow<L> row, int64_t grad_pitch, int64_t index_pitch, int64_
           phase[k] = Masked::pick<L>(Masked::equal<L>(chosen, row.own[kh * stride + k]), sum);
         join<stride, L>(phase, out);
         L* const row = to + kh * pitch + o * stride;
+        prefetch_stores(row, stride * vector_bytes);
         for (int v = 0; v < stride; ++v)
           if (windows >= V)
             store(row + v * V, out[v]);
@@ -294,7 +294,7 @@ void expand_pixel(const L* grad, const uint8_t* index, int64_t channels, const C
     for (int64_t kh = 0; kh < height; ++kh)
       for (int64_t kw = 0; kw < width; ++kw) {
         L* const target = to + kh * pitch + kw * pixel + c;
-        prefetch_to_write(target + pixels_ahead * pixel);
+        prefetch_stores(target, vector_bytes);
         store(target, Masked::pick<L>(Masked::equal<L>(chosen, own[kh * width + kw]), sum));
       }
   }
@@ -345,6 +345,7 @@ inline void scatter_row(const GradRow<L>* rows, int64_t any, int64_t size, L* to
     for (auto& phase : sum) phase = canonical_sum<L>(phase);
     Vec<L> out[stride];
     join<stride, L>(sum, out);
+    prefetch_stores(to + i, stride * vector_bytes);
     for (int v = 0; v < stride; ++v)
       if (i <= whole)
         store(to + i + v * V, out[v]);
@@ -376,7 +377,6 @@ void scatter_blocks(const GradRow<L>* planes, int64_t plane_count, int64_t grad_
   for (int64_t row = 0; row < rows; row += B::rows) {
     row = std::min(row, rows - B::rows);  // the last block overlaps the one before it
     const int64_t first = static_cast<int64_t>(static_cast<uint64_t>(row) / stride);
-    prefetch_behind(to + row * pitch, B::rows, size * int64_t(sizeof(L)));
     for (int64_t i = 0; i < size; i += stride * V) {
       if (overlap) i = std::min(i, whole);
       const int64_t window = static_cast<int64_t>(static_cast<uint64_t>(i) / stride);
@@ -412,6 +412,7 @@ void scatter_blocks(const GradRow<L>* planes, int64_t plane_count, int64_t grad_
         Vec<L> out[stride];
         join<stride, L>(sum[r], out);
         L* const target = to + (row + r) * pitch;
+        prefetch_stores(target + i, stride * vector_bytes);
         for (int v = 0; v < stride; ++v)
           if (i <= whole)
             store(target + i + v * V, out[v]);
