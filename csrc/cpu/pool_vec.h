@@ -142,14 +142,15 @@ inline void store_clipped(L* row, int64_t first, int64_t size, Vec<L> v) {
     Masked::store(row + first, inside<L>(first, size), v);
 }
 
+constexpr int64_t line_bytes = 64;  // of the caches
+
 // Tensors are walked in several streams at once, in short rows or pixels: the processor's own
 // prefetching finds such streams late and begins anew in every page. What comes soon is asked for
 // ahead, for each of the next `bytes` that are read or written. (Not inlined, these would be
 // functions without effects.)
 [[gnu::always_inline]] inline void prefetch(const void* from, int64_t ahead, int64_t bytes) {
-  constexpr int64_t line = 64;
   const char* const first = static_cast<const char*>(from) + ahead;
-  for (int64_t at = 0; at < bytes; at += line) __builtin_prefetch(first + at);
+  for (int64_t at = 0; at < bytes; at += line_bytes) __builtin_prefetch(first + at);
 }
 [[gnu::always_inline]] inline void prefetch_loads(const void* from, int64_t bytes) {
   prefetch(from, 2048, bytes);
