@@ -27,27 +27,11 @@ inline T from_sum(Lane<T> sum) {
 
 template <class T>
 void read_terms(const void* from, int64_t stride, int64_t count, Lane<T>* __restrict to) {
-  const T* const source = static_cast<const T*>(from);
-  if (stride == 1 && count >= line<T>)
-    for (int64_t i = 0; i < count; i += line<T>) {
-      i = std::min(i, count - line<T>);
-      prefetch_loads(source + i, 64);
-      for (int64_t j = i; j < i + line<T>; ++j) to[j] = to_term(source[j]);
-    }
-  else
-    for (int64_t i = 0; i < count; ++i) to[i] = to_term(source[i * stride]);
+  read_as<T>(from, stride, count, to, [](T x) { return to_term(x); });
 }
 template <class T>
 void write_sums(void* to, int64_t stride, int64_t count, const Lane<T>* __restrict from) {
-  T* const target = static_cast<T*>(to);
-  if (stride == 1 && count >= line<T>)
-    for (int64_t i = 0; i < count; i += line<T>) {
-      i = std::min(i, count - line<T>);
-      prefetch_stores(target + i, 64);
-      for (int64_t j = i; j < i + line<T>; ++j) target[j] = from_sum<T>(from[j]);
-    }
-  else
-    for (int64_t i = 0; i < count; ++i) target[i * stride] = from_sum<T>(from[i]);
+  write_as<T>(to, stride, count, from, [](Lane<T> x) { return from_sum<T>(x); });
 }
 
 // A choice is the number of a tap in its window, a byte; this one is no tap's.
