@@ -7,10 +7,35 @@
 // ascending order. Nothing is written twice, no task waits for another, and adding +0 where a
 // window chose someone else changes no sum that began at +0.
 
+// widen and narrow of the specification for float16 without branches: loops of them are vectors.
+inline float widen_float16(Half x) {
+  const uint32_t magnitude = x.bits & 0x7fffu, shifted = magnitude << 13;
+  const uint32_t rebase = 112u << 23;  // of the exponent, twice for that of infinity and NaN
+  const float subnormal =
+      static_cast<float>(static_cast<int32_t>(magnitude)) * bits_as<float>(uint32_t{103u << 23});
+  const uint32_t bits = magnitude >= 0x7c00u  ? shifted + 2 * rebase
+                        : magnitude >= 0x400u ? shifted + rebase
+                                              : bits_as<uint32_t>(subnormal);
+  return bits_as<float>(bits | uint32_t(x.bits & 0x8000u) << 16);
+}
+inline Half narrow_float16(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x), magnitude = bits & 0x7fffffffu;
+  const uint32_t rebased = magnitude - (112u << 23);
+  const uint32_t normal = (rebased + 0xfffu + ((rebased >> 13) & 1u)) >> 13;
+  // The addition rounds to units of 2^-24.
+  const uint32_t subnormal =
+      bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - bits_as<uint32_t>(0.5f);
+  const uint32_t finite = magnitude >= 0x38800000u ? normal : subnormal;
+  const uint32_t number = (magnitude >= 0x47800000u ? 0x7c00u : finite) | (bits >> 16 & 0x8000u);
+  return {static_cast<uint16_t>(magnitude > 0x7f800000u ? 0x7e00u : number)};
+}
+
 // Gradients to lanes in which they are added, and a finished sum back.
 template <class T>
 inline Lane<T> to_term(T x) {
-  if constexpr (is_half_type<T>) {
+  if constexpr (std::is_same_v<T, Half>) {
+    return widen_float16(x);
+  } else if constexpr (is_half_type<T>) {
     return widen(x);
   } else {
     return static_cast<Lane<T>>(x);
@@ -18,7 +43,9 @@ inline Lane<T> to_term(T x) {
 }
 template <class T>
 inline T from_sum(Lane<T> sum) {
-  if constexpr (is_half_type<T>) {
+  if constexpr (std::is_same_v<T, Half>) {
+    return narrow_float16(sum);
+  } else if constexpr (is_half_type<T>) {
     return narrow<T>(sum);
   } else {
     return static_cast<T>(sum);  // add_terms has made NaN canonical
