@@ -422,6 +422,7 @@ class MaxPool(_Rules):
         input, *ctx.arguments = inputs
         ctx.input_size = list(input.shape[2:])
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # else every backward fills zeros as large as the indices
         chosen = input if ctx.arguments[5] in ("all", "split") else output[1]
         ctx.save_for_backward(chosen)
         ctx.save_for_forward(chosen)
@@ -437,12 +438,14 @@ class MaxPool(_Rules):
         return chosen
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
+        if grad is None:
+            return MaxPool.pad(ctx, None)
         *geometry, _output_size, ties, _indices, impl = ctx.arguments
         grad_input = max_pool_scatter(
             grad, MaxPool.chosen(ctx.saved_tensors), ctx.input_size, *geometry, ties, impl
         )
-        return (grad_input, *(None,) * len(ctx.arguments))
+        return MaxPool.pad(ctx, grad_input)
 
     @staticmethod
     def jvp(ctx: Any, d_input: Tensor, *_: Any) -> Any:

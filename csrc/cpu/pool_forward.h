@@ -8,7 +8,8 @@
 // Two ways through it, Forward::pool chooses:
 //   direct   small windows: every tap is loaded from the input itself; in NCHW the winners along
 //            the width of a few rows are kept in a small buffer, so that every row is read once
-//            and rows one after another, as the processor's prefetching likes it
+//            and rows one after another, as the processor's prefetching likes it; rows of another
+//            type than the lanes are converted a few at a time
 //   staged   the input of a tile is copied to lanes, padded with the lowest value and with the
 //            columns of one stride phase side by side; long windows by doubling
 //
@@ -18,14 +19,41 @@
 
 // ---- elements: reading to lanes, writing from lanes ---------------------------------------------
 
-// to[i] = from[i * stride]
+// to[i] = convert(from[i * stride]). Rows are converted a line of memory at a time, the last
+// overlapping the one before it: a loop of known length is a few vectors.
+template <class T, class Convert>
+inline void read_as(const void* from, int64_t stride, int64_t count, Lane<T>* __restrict to,
+                    Convert convert) {
+  constexpr int64_t line = line_bytes / int64_t(sizeof(T));
+  const T* const source = static_cast<const T*>(from);
+  if (stride == 1 && count >= line)
+    for (int64_t i = 0; i < count; i += line) {
+      i = std::min(i, count - line);
+      prefetch_loads(source + i, line_bytes);
+      for (int64_t j = i; j < i + line; ++j) to[j] = convert(source[j]);
+    }
+  else
+    for (int64_t i = 0; i < count; ++i) to[i] = convert(source[i * stride]);
+}
+// to[i * stride] = convert(from[i])
+template <class T, class Convert>
+inline void write_as(void* to, int64_t stride, int64_t count, const Lane<T>* __restrict from,
+                     Convert convert) {
+  constexpr int64_t line = line_bytes / int64_t(sizeof(T));
+  T* const target = static_cast<T*>(to);
+  if (stride == 1 && count >= line)
+    for (int64_t i = 0; i < count; i += line) {
+      i = std::min(i, count - line);
+      prefetch_stores(target + i, line_bytes);
+      for (int64_t j = i; j < i + line; ++j) target[j] = convert(from[j]);
+    }
+  else
+    for (int64_t i = 0; i < count; ++i) target[i * stride] = convert(from[i]);
+}
+
 template <class T>
 void read_strided(const void* from, int64_t stride, int64_t count, Lane<T>* __restrict to) {
-  const T* const source = static_cast<const T*>(from);
-  if (stride == 1)
-    for (int64_t i = 0; i < count; ++i) to[i] = to_lane(source[i]);
-  else
-    for (int64_t i = 0; i < count; ++i) to[i] = to_lane(source[i * stride]);
+  read_as<T>(from, stride, count, to, [](T x) { return to_lane(x); });
 }
 // to[phase * pitch + i] = from[i * phases + phase]
 template <class T, int phases>
@@ -37,11 +65,7 @@ void read_split(const void* from, int64_t count, Lane<T>* __restrict to, int64_t
 }
 template <class T>
 void write_strided(void* to, int64_t stride, int64_t count, const Lane<T>* __restrict from) {
-  T* const target = static_cast<T*>(to);
-  if (stride == 1)
-    for (int64_t i = 0; i < count; ++i) target[i] = from_lane<T>(from[i]);
-  else
-    for (int64_t i = 0; i < count; ++i) target[i * stride] = from_lane<T>(from[i]);
+  write_as<T>(to, stride, count, from, [](Lane<T> x) { return from_lane<T>(x); });
 }
 // to[i * stride] = from[i] + base + i * step
 template <class Index, class I>
@@ -150,6 +174,7 @@ void fold_as(Rows<L> to, Rows<L> from, int64_t rows, int64_t count, const Tap* t
       Best<L> best = tap(taps[0]);
       for (int64_t k = 1; k < tap_count; ++k) challenge<indexed, last, L>(best, tap(taps[k]));
       L* const target = to.value + r * to.pitch + i;
+      if (exact) prefetch_stores(target, vector_bytes);
       if (whole)
         store(target, best.value);
       else
@@ -235,6 +260,7 @@ void across_rows(const L* from, int64_t pitch, int64_t rows, const Axis& width, 
       o = std::min(o, end);  // the last vector overlaps the one before it
       const int64_t first = o * stride - width.pad;
       const L* const place = from + r * pitch + first;
+      prefetch_loads(place, stride * vector_bytes);
       Best<L> best;
       if (first >= 0 && first + (V - 1) * stride + kernel <= width.in) {
         best = row_winners<stride, kernel, false, indexed, last, L>(place, nullptr, low, step);
@@ -334,11 +360,11 @@ class Forward {
 
     double_across_ = w.stride == 1 && doublings(w.kernel) < w.kernel - 1;
     double_down_ = h.stride * doublings(h.kernel) < h.kernel - 1;
-    if (!codec_.is_lane || !inner_strides(p_.input) || !inner_strides(p_.output)) return;
+    if (!inner_strides(p_.input) || !inner_strides(p_.output)) return;
     if (channels_last_) {
-      direct_ = s_.taps() <= 9 || (s_.taps() <= 27 && s_.axis[0].kernel > 1);
+      direct_ = codec_.is_lane && (s_.taps() <= 9 || (s_.taps() <= 27 && s_.axis[0].kernel > 1));
     } else if (w.dilation == 1 && rows_of_window() <= 9 &&
-               (rows_of_window() == 1 || w.out <= longest_buffered)) {
+               ((rows_of_window() == 1 && codec_.is_lane) || w.out <= longest_buffered)) {
       row_kernel_ = row_kernel(w.stride, w.kernel);
       direct_ = row_kernel_ != nullptr;
     }
@@ -442,11 +468,19 @@ class Forward {
   int64_t direct_indices() const {
     return (channels_last_ ? tile_.columns * group_ : chunk_ * tile_.columns) + lanes<L>;
   }
+  // Rows of inputs as lanes, and values of outputs, where the tensors hold another type.
+  int64_t direct_inputs() const {
+    if (codec_.is_lane) return 0;
+    return (rows_of_window() == 1 ? 1 : extent(s_.axis[1], chunk_)) * s_.axis[2].in;
+  }
+  int64_t direct_values() const { return codec_.is_lane ? 0 : direct_indices(); }
   int64_t scratch_bytes() const {
     const int64_t both = sizeof(L) + sizeof(I), slack = 1024;
     int64_t bytes = s_.axis[0].kernel * s_.axis[1].kernel * int64_t(sizeof(InputRow)) +
                     tap_room() * int64_t(sizeof(Tap)) + slack;
-    if (direct_) return bytes + across_size() * both + direct_indices() * int64_t(sizeof(I));
+    if (direct_)
+      return bytes + across_size() * both + direct_indices() * int64_t(sizeof(I)) +
+             (direct_inputs() + direct_values()) * int64_t(sizeof(L)) + slack;
     return bytes + staged_size() * both + (phase_size_ + lanes<L>)*both + 2 * result_size() * both;
   }
   Buffers take_buffers(Scratch& scratch) const {
@@ -457,6 +491,8 @@ class Forward {
       b.across.value = scratch.take<L>(across_size());
       b.across.index = scratch.take<I>(across_size());
       b.down.index = scratch.take<I>(direct_indices());
+      b.down.value = scratch.take<L>(direct_values());
+      b.staged = scratch.take<L>(direct_inputs());
       return b;
     }
     const auto rows = [&](int64_t size) {
@@ -503,6 +539,7 @@ class Forward {
       step = w.stride;
     }
     const int64_t outer = p_.index.stride[4];
+    prefetch_stores(index_at(t, oh, t.column), t.columns * t.lanes * codec_.index_size);
     if (!channels_last_)
       return codec_.write_index(index_at(t, oh, t.column), outer, t.columns, index, base, step);
     if (step == 0 && outer == t.lanes && p_.index.stride[1] == 1)
@@ -550,15 +587,32 @@ class Forward {
       Tile chunk = t;
       chunk.row = row, chunk.rows = std::min(chunk_, t.row + t.rows - row);
       const bool found = pool_chunk(chunk, b);
+      if (found && !codec_.is_lane) write_rows(chunk, b.down.value);
       for (int64_t oh = row; oh < row + chunk.rows; ++oh) {
         if (!found) {
           pool_by_specification(t, oh);
         } else if constexpr (indexed) {
           write_row_index(t, oh, b.down.index + (oh - row) * index_pitch());
-          repair_row(t, oh, whole(h, oh), reinterpret_cast<const L*>(output_at(t, oh, 0)));
+          const L* const value = codec_.is_lane ? reinterpret_cast<const L*>(output_at(t, oh, 0))
+                                                : b.down.value + (oh - row) * t.columns;
+          repair_row(t, oh, whole(h, oh), value);
         }
       }
     }
+  }
+
+  // Rows one behind another are long enough to be converted at the speed of vectors.
+  void read_rows(const char* from, int64_t rows, L* to) const {
+    const int64_t width = s_.axis[2].in, pitch = p_.input.stride[3];
+    if (pitch == width) return codec_.read(from, 1, rows * width, to);
+    for (int64_t r = 0; r < rows; ++r)
+      codec_.read(from + r * pitch * codec_.size, 1, width, to + r * width);
+  }
+  void write_rows(const Tile& t, const L* value) const {
+    if (p_.output.stride[3] == t.columns)
+      return codec_.write(output_at(t, t.row, 0), 1, t.rows * t.columns, value);
+    for (int64_t r = 0; r < t.rows; ++r)
+      codec_.write(output_at(t, t.row + r, 0), 1, t.columns, value + r * t.columns);
   }
 
   // Rows of the output, and their indices without the position of the window: false if there is no
@@ -568,11 +622,16 @@ class Forward {
     const int64_t first = h.input_of(t.row, 0), rows = extent(h, t.rows), pitch = across_pitch();
     const int64_t top = std::clamp<int64_t>(-first, 0, rows);
     const int64_t bottom = std::clamp<int64_t>(h.in - first, top, rows);
-    const Rows<L> to{reinterpret_cast<L*>(output_at(t, t.row, 0)), b.down.index, index_pitch()};
+    const Rows<L> to{codec_.is_lane ? reinterpret_cast<L*>(output_at(t, t.row, 0)) : b.down.value,
+                     b.down.index, index_pitch()};
+    const int64_t to_pitch = codec_.is_lane ? p_.output.stride[3] : w.out;
     Rows<L> across{b.across.value, indexed ? b.across.index : nullptr, pitch};
     const auto pool = [&](int64_t id, int64_t ih, int64_t rows, Rows<L> to, int64_t room) {
-      row_kernel_(reinterpret_cast<const L*>(input_at(t, id, ih, 0)), p_.input.stride[3], rows, w,
-                  codec_.lowest, static_cast<I>(weight_[2]), to, room);
+      const char* const from = input_at(t, id, ih, 0);
+      if (!codec_.is_lane) read_rows(from, rows, b.staged);
+      row_kernel_(codec_.is_lane ? reinterpret_cast<const L*>(from) : b.staged,
+                  codec_.is_lane ? p_.input.stride[3] : w.in, rows, w, codec_.lowest,
+                  static_cast<I>(weight_[2]), to, room);
     };
     if (rows_of_window() == 1) {
       const bool found = d.holds_input(d.input_of(t.od, 0)) && h.holds_input(first);
@@ -593,7 +652,7 @@ class Forward {
     }
     across.pitch = h.stride * pitch;
     if (tap_count > 0)
-      fold_rows<indexed>(to, p_.output.stride[3], across, t.rows, t.columns, b.taps, tap_count);
+      fold_rows<indexed>(to, to_pitch, across, t.rows, t.columns, b.taps, tap_count);
     return tap_count > 0;
   }
 

@@ -7,10 +7,35 @@
 // ascending order. Nothing is written twice, no task waits for another, and adding +0 where a
 // window chose someone else changes no sum that began at +0.
 
+// widen and narrow of the specification for float16 without branches: loops of them are vectors.
+inline float widen_float16(Half x) {
+  const uint32_t magnitude = x.bits & 0x7fffu, shifted = magnitude << 13;
+  const uint32_t rebase = 112u << 23;  // of the exponent, twice for that of infinity and NaN
+  const float subnormal =
+      static_cast<float>(static_cast<int32_t>(magnitude)) * bits_as<float>(uint32_t{103u << 23});
+  const uint32_t bits = magnitude >= 0x7c00u  ? shifted + 2 * rebase
+                        : magnitude >= 0x400u ? shifted + rebase
+                                              : bits_as<uint32_t>(subnormal);
+  return bits_as<float>(bits | uint32_t(x.bits & 0x8000u) << 16);
+}
+inline Half narrow_float16(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x), magnitude = bits & 0x7fffffffu;
+  const uint32_t rebased = magnitude - (112u << 23);
+  const uint32_t normal = (rebased + 0xfffu + ((rebased >> 13) & 1u)) >> 13;
+  // The addition rounds to units of 2^-24.
+  const uint32_t subnormal =
+      bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - bits_as<uint32_t>(0.5f);
+  const uint32_t finite = magnitude >= 0x38800000u ? normal : subnormal;
+  const uint32_t number = (magnitude >= 0x47800000u ? 0x7c00u : finite) | (bits >> 16 & 0x8000u);
+  return {static_cast<uint16_t>(magnitude > 0x7f800000u ? 0x7e00u : number)};
+}
+
 // Gradients to lanes in which they are added, and a finished sum back.
 template <class T>
 inline Lane<T> to_term(T x) {
-  if constexpr (is_half_type<T>) {
+  if constexpr (std::is_same_v<T, Half>) {
+    return widen_float16(x);
+  } else if constexpr (is_half_type<T>) {
     return widen(x);
   } else {
     return static_cast<Lane<T>>(x);
@@ -18,7 +43,9 @@ inline Lane<T> to_term(T x) {
 }
 template <class T>
 inline T from_sum(Lane<T> sum) {
-  if constexpr (is_half_type<T>) {
+  if constexpr (std::is_same_v<T, Half>) {
+    return narrow_float16(sum);
+  } else if constexpr (is_half_type<T>) {
     return narrow<T>(sum);
   } else {
     return static_cast<T>(sum);  // add_terms has made NaN canonical
@@ -27,19 +54,11 @@ inline T from_sum(Lane<T> sum) {
 
 template <class T>
 void read_terms(const void* from, int64_t stride, int64_t count, Lane<T>* __restrict to) {
-  const T* const source = static_cast<const T*>(from);
-  if (stride == 1)
-    for (int64_t i = 0; i < count; ++i) to[i] = to_term(source[i]);
-  else
-    for (int64_t i = 0; i < count; ++i) to[i] = to_term(source[i * stride]);
+  read_as<T>(from, stride, count, to, [](T x) { return to_term(x); });
 }
 template <class T>
 void write_sums(void* to, int64_t stride, int64_t count, const Lane<T>* __restrict from) {
-  T* const target = static_cast<T*>(to);
-  if (stride == 1)
-    for (int64_t i = 0; i < count; ++i) target[i] = from_sum<T>(from[i]);
-  else
-    for (int64_t i = 0; i < count; ++i) target[i * stride] = from_sum<T>(from[i]);
+  write_as<T>(to, stride, count, from, [](Lane<T> x) { return from_sum<T>(x); });
 }
 
 // A choice is the number of a tap in its window, a byte; this one is no tap's.
@@ -80,8 +99,10 @@ struct Staged {
   int64_t pitch;
 };
 template <class T, class Index>
-void stage_rows(const Staged<Lane<T>>& s) {
+void stage_rows(Staged<Lane<T>> s) {
   constexpr int64_t whole = 16;
+  if (s.grad_pitch == s.columns && s.index_pitch == s.columns && s.pitch == s.columns)
+    s.columns *= s.rows, s.rows = 1;
   for (int64_t r = 0; r < s.rows; ++r) {
     const T* const grad = static_cast<const T*>(s.grad) + r * s.grad_pitch;
     const Index* const index = static_cast<const Index*>(s.index) + r * s.index_pitch;
@@ -110,7 +131,7 @@ struct SumCodec {
   void (*read_index)(const void*, int64_t, int64_t, uint8_t*);
   void (*read_position)(const void*, int64_t, int64_t, uint8_t*, int64_t, int64_t,
                         const std::vector<uint8_t>&);
-  void (*stage)(const Staged<L>&);
+  void (*stage)(Staged<L>);
 
   template <class T>
   static SumCodec of(IndexType type) {
@@ -191,7 +212,7 @@ void add_terms(const Sums<L>& s, int64_t rows, int64_t phases, int64_t count, co
         }
       }
       for (int v = 0; v < n; ++v) {
-        if (exact) prefetch_to_write(to + i + v * V + pixels_ahead * s.to_pitch);
+        if (exact) prefetch_stores(to + i + v * V, vector_bytes);
         if (whole)
           store(to + i + v * V, canonical_sum<L>(sum[v]));
         else
@@ -258,7 +279,6 @@ void expand_rows(GradRow<L> row, int64_t grad_pitch, int64_t index_pitch, int64_
                  int64_t windows, int64_t height, L* to, int64_t pitch) {
   constexpr int V = lanes<L>;
   for (int64_t r = 0; r < rows; ++r) {
-    prefetch_behind(to, height, windows * stride * int64_t(sizeof(L)));
     for (int64_t o = 0; o < windows; o += V) {
       // The last vector overlaps the one before it.
       if (windows >= V) o = std::min(o, windows - V);
@@ -270,6 +290,7 @@ void expand_rows(GradRow<L> row, int64_t grad_pitch, int64_t index_pitch, int64_
           phase[k] = Masked::pick<L>(Masked::equal<L>(chosen, row.own[kh * stride + k]), sum);
         join<stride, L>(phase, out);
         L* const row = to + kh * pitch + o * stride;
+        prefetch_stores(row, stride * vector_bytes);
         for (int v = 0; v < stride; ++v)
           if (windows >= V)
             store(row + v * V, out[v]);
@@ -294,7 +315,7 @@ void expand_pixel(const L* grad, const uint8_t* index, int64_t channels, const C
     for (int64_t kh = 0; kh < height; ++kh)
       for (int64_t kw = 0; kw < width; ++kw) {
         L* const target = to + kh * pitch + kw * pixel + c;
-        prefetch_to_write(target + pixels_ahead * pixel);
+        prefetch_stores(target, vector_bytes);
         store(target, Masked::pick<L>(Masked::equal<L>(chosen, own[kh * width + kw]), sum));
       }
   }
@@ -345,6 +366,7 @@ inline void scatter_row(const GradRow<L>* rows, int64_t any, int64_t size, L* to
     for (auto& phase : sum) phase = canonical_sum<L>(phase);
     Vec<L> out[stride];
     join<stride, L>(sum, out);
+    prefetch_stores(to + i, stride * vector_bytes);
     for (int v = 0; v < stride; ++v)
       if (i <= whole)
         store(to + i + v * V, out[v]);
@@ -376,7 +398,6 @@ void scatter_blocks(const GradRow<L>* planes, int64_t plane_count, int64_t grad_
   for (int64_t row = 0; row < rows; row += B::rows) {
     row = std::min(row, rows - B::rows);  // the last block overlaps the one before it
     const int64_t first = static_cast<int64_t>(static_cast<uint64_t>(row) / stride);
-    prefetch_behind(to + row * pitch, B::rows, size * int64_t(sizeof(L)));
     for (int64_t i = 0; i < size; i += stride * V) {
       if (overlap) i = std::min(i, whole);
       const int64_t window = static_cast<int64_t>(static_cast<uint64_t>(i) / stride);
@@ -412,6 +433,7 @@ void scatter_blocks(const GradRow<L>* planes, int64_t plane_count, int64_t grad_
         Vec<L> out[stride];
         join<stride, L>(sum[r], out);
         L* const target = to + (row + r) * pitch;
+        prefetch_stores(target + i, stride * vector_bytes);
         for (int v = 0; v < stride; ++v)
           if (i <= whole)
             store(target + i + v * V, out[v]);
@@ -467,14 +489,15 @@ class Scatter {
     if (channels_last_)
       direct_ = codec_.is_lane, disjoint_ = windows_are_disjoint();
     else
-      choose_rows();
+      in_place_ = codec_.is_lane && p_.input.stride[4] == 1, choose_rows();
 
     group_ = !channels_last_ ? 1 : s_.channels <= (disjoint_ ? 1024 : 256) ? s_.channels : 128;
     blocks_ = up(s_.channels, group_);
     if (channels_last_) margin_ = (w.kernel - 1) * w.dilation / w.stride, lead_ = -margin_;
     // The tile: slots of the width (a slot is `stride` inputs), rows of one plane.
     const int64_t all = slots_of(w);
-    const int64_t budget = (direct_ ? 65536 : channels_last_ ? 8192 : 16384) / int64_t(sizeof(L));
+    const int64_t bytes = direct_ ? 65536 : channels_last_ ? 8192 : in_place_ ? 16384 : 4096;
+    const int64_t budget = bytes / int64_t(sizeof(L));
     slots_ = std::clamp<int64_t>(std::max(budget / group_, 2 * margin_), 1, all);
     slots_ = up(all, up(all, slots_));
     strips_ = up(all, slots_);
@@ -486,6 +509,8 @@ class Scatter {
     grads_ = span(p_.output, s_), indices_ = span(p_.index, s_);
     pitch_ = (slots_ + margin_) * group_;
     phase_size_ = slots_ * group_ + lanes<L>;
+    if (channels_last_ && !direct_) sums_ = w.stride * phase_size_;
+    if (!channels_last_ && !in_place_) sums_ = rows_ * slots_ * w.stride + lanes<L>;
   }
 
   // Is there a way for the call? In NCHW, looking up is faster than a gather of other windows than
@@ -502,8 +527,7 @@ class Scatter {
     parallel_for(s_.batch * blocks_ * s_.axis[0].in * bands_ * strips_, 1 + 16384 / (outputs + 1),
                  FloatEnvironment::gradual, [&](int64_t begin, int64_t end) {
                    const int64_t size = staged_rows_ * pitch_ + 2 * lanes<L>, taps = s_.taps();
-                   const int64_t sums = direct_ ? 0 : s_.axis[2].stride * phase_size_;
-                   Scratch scratch((2 * size + sums) * int64_t(sizeof(L)) + 2 * size +
+                   Scratch scratch((2 * size + sums_) * int64_t(sizeof(L)) + 2 * size +
                                    (taps + 1) * int64_t(sizeof(Term) + sizeof(PixelRow<L>) +
                                                         sizeof(GradRow<L>) + sizeof(Choices<L>)) +
                                    s_.axis[2].stride * int64_t(sizeof(int64_t)) + 2048);
@@ -517,7 +541,7 @@ class Scatter {
                    for (int64_t tap = 0; tap < taps; ++tap) b.own[tap] = Masked::choice<L>(tap);
                    if (!direct_) {
                      b.grad = scratch.take<L>(size);
-                     b.sums = scratch.take<L>(sums);
+                     b.sums = scratch.take<L>(sums_);
                    }
                    if (!channels_last_) {
                      Buffers next = b;
@@ -598,8 +622,7 @@ class Scatter {
     lead_ = s_.axis[2].pad / stride + Windows::first;
     const Axis& h = s_.axis[1];
     if constexpr (stride <= 2) {
-      if (h.stride == stride && h.kernel == kernel && h.pad % stride == shift && h.dilation == 1 &&
-          codec_.is_lane && p_.input.stride[4] == 1) {
+      if (h.stride == stride && h.kernel == kernel && h.pad % stride == shift && h.dilation == 1) {
         using B = Block<stride, kernel, shift>;
         block_kernel_ = scatter_blocks<stride, kernel, shift, L>;
         block_rows_ = B::rows, above_ = Windows::count - 1;
@@ -677,31 +700,34 @@ class Scatter {
   void scatter_rows(const Tile& t, const Buffers& b) const {
     const Axis& w = s_.axis[2];
     const int64_t first = t.slot * w.stride, size = std::min(t.slots * w.stride, w.in - first);
-    const int64_t stride = p_.input.stride[4];
-    const bool in_place = codec_.is_lane && stride == 1;
     const TileWindows windows = windows_of(t, b);
-    char* to = static_cast<char*>(p_.input.data) +
-               offset(p_.input, t.n, t.channel, t.id, t.row, first) * codec_.size;
-    const int64_t done = expand(t, windows, b, to) + scatter_blocks_of(t, windows, b, size, to);
-    to += done * p_.input.stride[3] * codec_.size;
-    for (int64_t ih = t.row + done; ih < t.end; ++ih, to += p_.input.stride[3] * codec_.size) {
+    char* const target = static_cast<char*>(p_.input.data) +
+                         offset(p_.input, t.n, t.channel, t.id, t.row, first) * codec_.size;
+    L* const to = in_place_ ? reinterpret_cast<L*>(target) : b.sums;
+    const int64_t pitch = in_place_ ? p_.input.stride[3] : size;
+    const int64_t done =
+        expand(t, windows, b, to, pitch) + scatter_blocks_of(t, windows, b, size, to, pitch);
+    for (int64_t ih = t.row + done; ih < t.end; ++ih) {
       int64_t count = 0;
       for_each_row(t, ih, [&](int64_t od, int64_t kd, int64_t oh, int64_t kh) {
         b.rows[count++] = row_of(t, windows, od, oh, b.own + s_.offset_of(kd, kh, 0));
       });
-      const RowKernel kernel = rows_kernel_[count <= 3 ? count : 0];
-      if (in_place) {
-        kernel(b.rows, count, size, reinterpret_cast<L*>(to));
-      } else {
-        kernel(b.rows, count, size, b.sums);
-        codec_.write(to, stride, size, b.sums);
-      }
+      rows_kernel_[count <= 3 ? count : 0](b.rows, count, size, to + (ih - t.row) * pitch);
     }
+    if (!in_place_) write_rows(t.end - t.row, size, b.sums, target);
+  }
+
+  // Rows one behind another are long enough to be converted at the speed of vectors.
+  void write_rows(int64_t rows, int64_t size, const L* sums, char* to) const {
+    const int64_t stride = p_.input.stride[4], pitch = p_.input.stride[3];
+    if (pitch == size * stride) return codec_.write(to, stride, rows * size, sums);
+    for (int64_t r = 0; r < rows; ++r)
+      codec_.write(to + r * pitch * codec_.size, stride, size, sums + r * size);
   }
 
   // Blocks from the tile's first row on: how many rows are done?
   int64_t scatter_blocks_of(const Tile& t, const TileWindows& windows, const Buffers& b,
-                            int64_t size, char* to) const {
+                            int64_t size, L* to, int64_t pitch) const {
     const int64_t stride = s_.axis[2].stride, top = t.row / stride + block_lead_;
     if (!block_kernel_ || expands(t) || t.od >= t.od_end || t.oh >= t.oh_end) return 0;
     // Windows are staged, or lie in the tensor, as far as `above_` rows around those of the tile.
@@ -710,8 +736,7 @@ class Scatter {
     int64_t planes = 0;
     for (const Reach* d = of_plane_.begin(t.id); d != of_plane_.end(t.id); ++d)
       b.rows[planes++] = row_of(t, windows, d->o, top, b.own + s_.offset_of(d->k, 0, 0));
-    block_kernel_(b.rows, planes, windows.grad_pitch, windows.index_pitch, rows, size,
-                  reinterpret_cast<L*>(to), p_.input.stride[3]);
+    block_kernel_(b.rows, planes, windows.grad_pitch, windows.index_pitch, rows, size, to, pitch);
     return rows;
   }
 
@@ -751,25 +776,26 @@ class Scatter {
   }
   // Only where no window reaches another row or column, whatever was made by hand.
   bool choices_in_place(const Tile& t) const {
-    return expands(t) && codec_.index_size == 1 && in_tensor(p_.index, indices_, t);
+    return expands(t) && grads_in_place(t) && codec_.index_size == 1 &&
+           in_tensor(p_.index, indices_, t);
   }
 
   // Is every row of inputs that of one row of windows, as wide as they?
   bool expands(const Tile& t) const {
     const Axis& w = s_.axis[2];
-    return !channels_last_ && disjoint_ && codec_.is_lane && p_.input.stride[4] == 1 &&
-           strips_ == 1 && w.in == w.out * w.stride && t.od_end - t.od == 1;
+    return !channels_last_ && disjoint_ && strips_ == 1 && w.in == w.out * w.stride &&
+           t.od_end - t.od == 1;
   }
-  int64_t expand(const Tile& t, const TileWindows& windows, const Buffers& b, char* to) const {
+  int64_t expand(const Tile& t, const TileWindows& windows, const Buffers& b, L* to,
+                 int64_t pitch) const {
     const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
     const int64_t rows = (t.end - t.row) / h.stride, oh = t.row / h.stride;
     if (!expands(t) || oh >= h.out) return 0;
     const int64_t count = std::min(rows, h.out - oh);
     const Choices<L>* const own = b.own + s_.offset_of(t.id - t.od * d.stride, 0, 0);
-    (w.stride == 2 ? expand_rows<2, L>
-                   : expand_rows<4, L>)(row_of(t, windows, t.od, oh, own), windows.grad_pitch,
-                                        windows.index_pitch, count, w.out, h.stride,
-                                        reinterpret_cast<L*>(to), p_.input.stride[3]);
+    (w.stride == 2 ? expand_rows<2, L> : expand_rows<4, L>)(row_of(t, windows, t.od, oh, own),
+                                                            windows.grad_pitch, windows.index_pitch,
+                                                            count, w.out, h.stride, to, pitch);
     return count * h.stride;
   }
 
@@ -983,6 +1009,7 @@ class Scatter {
   std::vector<Reach> phase_taps_;  // o: windows back
   std::vector<size_t> phase_start_;
   bool channels_last_ = false, direct_ = false;
+  bool in_place_ = false;          // in NCHW, sums of lanes go straight to the tensor
   RowKernel rows_kernel_[4] = {};  // by the number of rows; 0: any
   BlockKernel block_kernel_ = nullptr;
   int64_t block_rows_ = 0, block_lead_ = 0;
@@ -991,6 +1018,6 @@ class Scatter {
   std::vector<uint8_t> tap_of_;  // by the distance in the plane, of a flat index
   int64_t group_ = 1, blocks_ = 1, margin_ = 0, lead_ = 0, slots_ = 1, strips_ = 1, rows_ = 1,
           bands_ = 1;
-  int64_t staged_rows_ = 0, pitch_ = 0, phase_size_ = 0;
+  int64_t staged_rows_ = 0, pitch_ = 0, phase_size_ = 0, sums_ = 0;
   int64_t grads_ = 0, indices_ = 0;  // elements from the first of them to the last
 };

@@ -142,20 +142,22 @@ inline void store_clipped(L* row, int64_t first, int64_t size, Vec<L> v) {
     Masked::store(row + first, inside<L>(first, size), v);
 }
 
-// Rows of a plane are written several at once, each a short stream that the processor's own
-// prefetching finds late, unless it is hardly more than a line or the only one. What lies a little
-// behind them in memory is needed next. (Not inlined, it would be a function without effects.)
-[[gnu::always_inline]] inline void prefetch_behind(void* to, int64_t rows, int64_t row_bytes) {
-  constexpr int64_t distance = 4096, line = 64, short_row = 256;
-  if (rows == 1 || row_bytes < short_row) return;
-  const char* const from = static_cast<const char*>(to) + distance;
-  for (int64_t at = 0; at < rows * row_bytes; at += line) __builtin_prefetch(from + at);
-}
+constexpr int64_t line_bytes = 64;  // of the caches
 
-// Pixels of channels are written as their windows come, in several streams: the lines of one that
-// comes soon are asked for ahead of its stores.
-constexpr int64_t pixels_ahead = 6;
-inline void prefetch_to_write(const void* line) { __builtin_prefetch(line, 1); }
+// Tensors are walked in several streams at once, in short rows or pixels: the processor's own
+// prefetching finds such streams late and begins anew in every page. What comes soon is asked for
+// ahead, for each of the next `bytes` that are read or written. (Not inlined, these would be
+// functions without effects.)
+[[gnu::always_inline]] inline void prefetch(const void* from, int64_t ahead, int64_t bytes) {
+  const char* const first = static_cast<const char*>(from) + ahead;
+  for (int64_t at = 0; at < bytes; at += line_bytes) __builtin_prefetch(first + at);
+}
+[[gnu::always_inline]] inline void prefetch_loads(const void* from, int64_t bytes) {
+  prefetch(from, 2048, bytes);
+}
+[[gnu::always_inline]] inline void prefetch_stores(void* to, int64_t bytes) {
+  prefetch(to, 4096, bytes);
+}
 
 // ---- elements to lanes and back -----------------------------------------------------------------
 
