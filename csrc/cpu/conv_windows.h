@@ -120,6 +120,7 @@ template <class S>
 bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
   using K = Kind<S>;
   using T = typename K::T;
+  using Size = TileSize<T, K::chains>;
   constexpr int L = Vec<T>::lanes;
   const ConvShape& s = p.shape;
   const int64_t pixels = s.outputs(), taps = s.taps(), lane_vecs = up(s.group_out(), L);
@@ -148,6 +149,9 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
   if (grad_reach > INT32_MAX || (!patched && image_reach > INT32_MAX)) return false;
   // The chunks of one long row are alike: their terms are listed from the first pixel of each.
   const bool alike = !patched && !skip_padding && s.axis[0].out * s.axis[1].out == 1;
+
+  // Then the terms of a row may lie side by side as well.
+  const bool side_by_side = alike && taps == 1 && s.axis[2].stride * image_stride[4] == 1;
 
   // Cut the gradient into blocks of input channels x lanes that fit the caches and feed all
   // threads. A block's patch must hold at least what one group reads.
@@ -357,6 +361,22 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
                   pack_panel(panel, tile.vecs * L, tile.lanes, lanes, grad_stride[1],
                              lane_offset + t, least(left, K::group), 1, lane_offset + t + K::group,
                              least(left - K::group, K::group));
+                  if constexpr (std::is_same_v<S, T>)
+                    if (side_by_side && left >= K::group) {
+                      constexpr int R = Size::rows;
+                      const int64_t tiles = rows / R, rest = tiles * R;
+                      const auto multiply = tile.vecs == 1   ? multiply_runs<T, R, 1>
+                                            : tile.vecs == 2 ? multiply_runs<T, R, 2>
+                                                             : multiply_runs<T, R, Size::vecs>;
+                      multiply(tiles, row[0] + term[t].in_place, layout.channel, K::group, panel,
+                               total, resume);
+                      const int32_t length[max_chains] = {K::group};
+                      if (rest < rows)
+                        multiply_rows<T, K::chains>(row + rest, rows - rest, term + t, length,
+                                                    panel, tile.vecs, total + rest * tile.vecs * L,
+                                                    resume);
+                      continue;
+                    }
                   for (int64_t list = 0; list < lists; ++list) {
                     const int64_t terms = terms_of[list * chunk_groups + t / K::group];
                     const int32_t length[max_chains] = {static_cast<int32_t>(up(terms, K::chains)),

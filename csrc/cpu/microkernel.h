@@ -285,4 +285,47 @@ void multiply_turned(const T* const* row, const Term* term, int64_t terms, const
   }
 }
 
+// multiply_tiles for rows of `terms` terms side by side in memory (a multiple of Rows), the rows
+// `apart` from each other. Meanwhile the next tile's rows are asked for, after the last tile those
+// of the terms behind these: each term asks for one row, so that every line is asked for in time.
+template <class T, int Rows, int Vecs>
+void multiply_runs(int64_t tiles, const T* first, int64_t apart, int64_t terms, const T* panel,
+                   T* total, bool resume) {
+  using V = Vec<T>;
+  constexpr int L = V::lanes;
+  for (int64_t tile = 0; tile < tiles; ++tile, total += Rows * Vecs * L) {
+    const T* at[Rows];
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) at[i] = first + (tile * Rows + i) * apart;
+    const int64_t ahead = tile + 1 < tiles ? Rows * apart : terms - tile * Rows * apart;
+    V chain[Rows][Vecs];
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < Vecs; ++j) chain[i][j] = V::zero();
+    const T* packed = panel;
+    for (int64_t t = 0; t < terms; t += Rows)
+#pragma GCC unroll 16
+      for (int k = 0; k < Rows; ++k, packed += Vecs * L) {
+        prefetch_near(at[k] + t + ahead);
+        V lane[Vecs];
+#pragma GCC unroll 8
+        for (int j = 0; j < Vecs; ++j) lane[j] = V::load(packed + j * L);
+#pragma GCC unroll 16
+        for (int i = 0; i < Rows; ++i) {
+          const V row = V::broadcast(at[i][t + k]);
+#pragma GCC unroll 8
+          for (int j = 0; j < Vecs; ++j) chain[i][j] = fma(row, lane[j], chain[i][j]);
+        }
+      }
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < Vecs; ++j) {
+        T* const to = total + (i * Vecs + j) * L;
+        (resume ? V::load(to) + chain[i][j] : chain[i][j]).store(to);
+      }
+  }
+}
+
 }  // namespace torch_naiveconv::TNC_ISA
