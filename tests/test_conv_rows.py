@@ -145,6 +145,10 @@ NAMED = {
     ),
     "cut, strided and dilated": (1, 40, 20, 1, [(21, 3, 2, 5, 5, 4), (20, 5, 1, 4, 8, 8)]),
     "cut vectors of pixels": (4, 30, 6, 1, [(16, 5, 1, 1, 2, 2)] * 2),
+    "pointwise, planes that crowd the cache": (1, 150, 40, 1, [(56, 1, 1, 1, 0, 0)] * 2),
+    "pointwise, channels in pieces": (2, 300, 20, 1, [(28, 1, 1, 1, 0, 0)] * 2),
+    "pointwise, rows side by side": (2, 45, 90, 1, [(16, 1, 1, 1, 0, 0), (18, 1, 1, 1, 0, 0)]),
+    "pointwise, every second row": (1, 20, 20, 1, [(20, 1, 2, 1, 0, 0), (56, 1, 2, 1, 0, 0)]),
     "one filter, pointwise": (2, 48, 1, 1, [(13, 1, 1, 1, 0, 0), (25, 1, 1, 1, 0, 0)]),
     "two filters, pointwise": (1, 33, 2, 1, [(16, 1, 1, 1, 0, 0), (24, 1, 1, 1, 0, 0)]),
     "three filters, pointwise": (1, 16, 3, 1, [(300, 1, 1, 1, 0, 0)]),
@@ -189,6 +193,19 @@ def test_weights_that_are_not_finite(row, bad):
     got = F.conv_grad_input(*sizes, padding=1, impl=row)
     assert expected.isfinite().any() and not expected.isfinite().all()
     assert_same_bits(got, expected, row)
+
+
+@pytest.mark.parametrize("row", FAST)
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("place", [(0, 0), (0, 5), (2, 2), (5, 5)])
+def test_gradients_that_are_not_finite(row, bad, place):
+    """A tap that reads padding where the gradient is not finite is NaN in the weight gradient."""
+    x, g = torch.ones(1, 20, 6, 6), torch.ones(1, 20, 6, 6)
+    x[0, :, 3:] = 0.0
+    g[0, 7, place[0], place[1]] = bad
+    expected = F.conv_grad_weight(x, (20, 20, 3, 3), g, padding=1, impl="naive")
+    assert not expected[7].isfinite().all() and expected[6].isfinite().all()
+    assert_same_bits(F.conv_grad_weight(x, (20, 20, 3, 3), g, padding=1, impl=row), expected, row)
 
 
 @pytest.mark.parametrize("row", FAST)
