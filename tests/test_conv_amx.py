@@ -93,6 +93,10 @@ SHAPES = {  # N, C, K, groups, axes
     "planes that share a tile": (2, 16, 16, 1, *(3, 3, 1, 1, 1, 1) * 3),
     "strides larger than the kernel": (2, 20, 20, 1, *UNIT, *(17, 2, 5, 0, 0, 1) * 2),
     "kernel larger than the image": (2, 20, 20, 1, *UNIT, *(3, 7, 1, 3, 3, 1) * 2),
+    "stride phases, the last not everywhere": (2, 5, 40, 1, *UNIT, *(15, 3, 2, 1, 1, 1) * 2),
+    "four stride phases side by side": (1, 3, 33, 1, *UNIT, *(40, 4, 4, 0, 0, 1) * 2),
+    "long rows": (1, 20, 20, 1, *UNIT, 4, 3, 1, 1, 1, 1, 75, 3, 1, 1, 1, 1),
+    "short rows": (2, 6, 16, 1, *UNIT, *(14, 5, 1, 0, 0, 1) * 2),
     "strided rows of a large kernel": (1, 3, 20, 1, *UNIT, *(30, 7, 2, 3, 3, 1) * 2),
 }
 

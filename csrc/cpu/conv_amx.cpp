@@ -45,8 +45,9 @@ struct alignas(64) TileShapes {
 static_assert(sizeof(TileShapes) == 64, "as the manual has it");
 constexpr TileShapes tile_shapes;
 
-// Tiles 0 to 3 are totals, 4 and 5 rows, 6 and 7 columns. Who multiplies holds one of these; the
-// tile registers are given back with it.
+// Tiles 0 to 3 are totals, 4 and 5 rows, 6 and 7 columns. With one tile of rows there are up to
+// four of columns: tile 5 is the third, and the fourth takes the place of the first. Who multiplies
+// holds one of these; the tile registers are given back with it.
 struct MatrixUnit {
   MatrixUnit() { _tile_loadconfig(&tile_shapes); }
   ~MatrixUnit() { _tile_release(); }
@@ -84,16 +85,23 @@ struct MatrixUnit {
   }
   template <int Tile>
   static TNC_INLINE void load_columns(const BFloat16* p) {
-    if constexpr (Tile == 0) _tile_loadd(6, p, 64);
+    if constexpr (Tile == 0 || Tile == 3) _tile_loadd(6, p, 64);
     if constexpr (Tile == 1) _tile_loadd(7, p, 64);
+    if constexpr (Tile == 2) _tile_loadd(5, p, 64);
   }
-  // total[i] += rows[i / 2] x columns[i % 2]
-  template <int Total>
+  // total[i] += rows[j] x columns[k]
+  template <int Total, int Rows, int Columns>
   static TNC_INLINE void multiply() {
-    if constexpr (Total == 0) _tile_dpbf16ps(0, 4, 6);
-    if constexpr (Total == 1) _tile_dpbf16ps(1, 4, 7);
-    if constexpr (Total == 2) _tile_dpbf16ps(2, 5, 6);
-    if constexpr (Total == 3) _tile_dpbf16ps(3, 5, 7);
+    if constexpr (Rows == 1) {
+      if constexpr (Total == 1) _tile_dpbf16ps(1, 5, 6);
+      if constexpr (Total == 2) _tile_dpbf16ps(2, 5, 6);
+      if constexpr (Total == 3) _tile_dpbf16ps(3, 5, 7);
+    } else {
+      if constexpr (Total == 0) _tile_dpbf16ps(0, 4, 6);
+      if constexpr (Total == 1) _tile_dpbf16ps(1, 4, 7);
+      if constexpr (Total == 2) _tile_dpbf16ps(2, 4, 5);
+      if constexpr (Total == 3) _tile_dpbf16ps(3, 4, 6);
+    }
   }
 };
 

@@ -83,18 +83,18 @@ class Unit {
   static void load_columns(const BFloat16* p) {
     std::memcpy(columns[Tile], p, sizeof(columns[Tile]));
   }
-  template <int Total>
+  template <int Total, int Rows, int Columns>
   static void multiply() {
     for (int r = 0; r < side; ++r)
       for (int c = 0; c < side; ++c)
-        totals[Total][r][c] = Arithmetic<fault>::group(rows[Total / 2][r], columns[Total % 2][0][c],
-                                                       totals[Total][r][c]);
+        totals[Total][r][c] =
+            Arithmetic<fault>::group(rows[Rows][r], columns[Columns][0][c], totals[Total][r][c]);
   }
 
  private:
   static inline int configured = 0;
   static inline float totals[4][side][side];
-  static inline BFloat16 rows[2][side][depth], columns[2][depth / 2][side][2];
+  static inline BFloat16 rows[2][side][depth], columns[4][depth / 2][side][2];
 };
 
 bool is_trusted(const std::string& name) {
@@ -190,6 +190,7 @@ bool agrees(std::istream& in) {
   limits.least_work = 0;
   if (small == 1) limits.panel_bytes = 4096, limits.patch_bytes = 2048, limits.most_pixels = 64;
   if (small == 2) limits.panel_bytes = 1, limits.patch_bytes = 1;
+  if (small > 0) limits.strip_bytes = 6144, limits.first_cache_bytes = 2048;
   if (small == 3) limits.weight_bytes = (1 + s.taps()) * 40 * 64 * 2;
   written.data = found.get();
   const bool done = run_matrix_unit<Unit<Fault::none>>(p, limits);
