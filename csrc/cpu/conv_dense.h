@@ -189,22 +189,6 @@ inline ConvProblem swapped(const ConvProblem& p) {
   return q;
 }
 
-// Joins the axes of a pointwise problem into one row, if both tensors lie that way.
-inline ConvProblem joined(const ConvProblem& p) {
-  ConvProblem q = p;
-  Axis(&axis)[3] = q.shape.axis;
-  for (int a = 1; a >= 0; --a) {
-    const int64_t out = axis[2].out;
-    if (axis[a].stride * axis[2].stride != 1 || axis[a].in != axis[a].out || axis[2].in != out ||
-        p.input.stride[a + 2] != out * p.input.stride[4] ||
-        p.output.stride[a + 2] != out * p.output.stride[4])
-      break;
-    axis[2].in = axis[2].out = axis[a].out * out;
-    axis[a].in = axis[a].out = 1;
-  }
-  return q;
-}
-
 // The share of the terms whose input is not padding; none if an output reads nothing else.
 inline double share_of_terms_inside(const ConvShape& s) {
   double share = 1;
@@ -234,7 +218,7 @@ bool dense_grad_weight(const ConvProblem& p) {
       return vecs * 8 + (vecs == 1 ? 2 : vecs) * most(rows, 3);
     };
     const bool swap = cost(s.in_channels, s.out_channels) < cost(s.out_channels, s.in_channels);
-    return multiply_windows<S>(joined(swap ? swapped(p) : p), false, special);
+    return multiply_windows<S>(swap ? swapped(p) : p, false, special);
   }
   // A product of padding and an infinity or a NaN is a NaN: it may be left out only of a finite
   // gradient. One that is not finite shows, since each output reads the image with some tap.
@@ -245,17 +229,38 @@ bool dense_grad_weight(const ConvProblem& p) {
   return (multiply_windows<S>(p, true, special) && (!special || all_finite<S>(p.output, size))) ||
          multiply_windows<S>(p, false, special);
 }
+
+// Joins axes of one tap whose pixels follow one another in both tensors, so that a 1x1 layer has
+// one long row: there the last vector of a row, or of a box, counts for little.
+inline ConvProblem joined(const ConvProblem& p) {
+  ConvProblem q = p;
+  Axis(&axis)[3] = q.shape.axis;
+  const auto copies = [](const Axis& a) {
+    return a.kernel == 1 && a.pad == 0 && a.stride == 1 && a.in == a.out;
+  };
+  for (int a = 1; a >= 0; --a) {
+    const int64_t row = axis[2].out;
+    if (!copies(axis[a]) || !copies(axis[2]) || p.input.stride[a + 2] != row * p.input.stride[4] ||
+        p.output.stride[a + 2] != row * p.output.stride[4])
+      break;
+    axis[2].in = axis[2].out = axis[a].out * row;
+    axis[a].in = axis[a].out = 1;
+  }
+  return q;
+}
+
 inline bool run_dense(const ConvProblem& p) {
   if (p.shape.batch == 0 || p.shape.outputs() == 0 || p.shape.group_in() == 0 ||
       p.shape.group_out() == 0 || p.shape.inputs() == 0 || p.shape.taps() == 0)
     return false;
+  const ConvProblem q = joined(p);
   bool done = false;
   with_float_type(p.dtype, [&](auto tag) {
     using S = typename decltype(tag)::type;
     switch (p.direction) {
-      case Direction::forward: done = dense_forward<S>(p); return;
-      case Direction::grad_input: done = dense_grad_input<S>(p); return;
-      case Direction::grad_weight: done = dense_grad_weight<S>(p); return;
+      case Direction::forward: done = dense_forward<S>(q); return;
+      case Direction::grad_input: done = dense_grad_input<S>(q); return;
+      case Direction::grad_weight: done = dense_grad_weight<S>(q); return;
       case Direction::grad_bias: return;
     }
   });

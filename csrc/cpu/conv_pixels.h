@@ -56,26 +56,6 @@ inline GridAxis gradient_axis(const Axis& a, int64_t phase) {
   return g;
 }
 
-// Joins axes whose pixels follow one another through image and target, so that a 1x1 layer has one
-// long row: there the last vector of a row, or of a box, counts for little.
-inline void join_axes(GridAxis (&grid)[3], const int64_t* image_stride,
-                      const int64_t* target_stride) {
-  const auto copies = [](const GridAxis& a) {
-    return a.taps == 1 && a.shift(0) == 0 && a.image_step == 1 && a.step == 1 &&
-           a.count == a.image_size;
-  };
-  for (int a = 1; a >= 0; --a) {
-    GridAxis& inner = grid[2];
-    if (!copies(grid[a]) || !copies(inner) ||
-        image_stride[a + 2] != inner.count * image_stride[4] ||
-        target_stride[a + 2] != inner.count * target_stride[4])
-      return;
-    inner.count *= grid[a].count;
-    inner.image_size = inner.count;
-    grid[a].count = grid[a].image_size = 1;
-  }
-}
-
 // Pixels [from, to) of an axis, for which taps [tap, tap + taps) are multiplied.
 struct Stretch {
   int64_t from, to, tap, taps;
@@ -459,12 +439,6 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
   using Size = TileSize<T, K::chains>;
   constexpr int L = Vec<T>::lanes;
   const int64_t all_taps = call.kernel[0] * call.kernel[1] * call.kernel[2];
-  GridAxis joined[3];
-  if (phases == 1) {
-    for (int a = 0; a < 3; ++a) joined[a] = grid[0][a];
-    join_axes(joined, call.image_stride, call.target_stride);
-    grid = &joined;
-  }
   const bool wide = has_vectors_of_pixels(call, grid[0]);
   const int64_t lane_vecs = up(call.lanes, L);
   int64_t terms = 0, most_taps = 0;
