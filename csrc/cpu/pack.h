@@ -147,16 +147,16 @@ void copy_transposed(T* to, int64_t to_channel, const S* from, int64_t from_pixe
     }
 }
 
-// How many of `limit` numbers, at most L, each `step` behind the one before, count up by one.
-template <int L = 16, class Integer>
+// How many of `limit` numbers, at most L, each `step` behind the one before, count up by `By`.
+template <int L = 16, int By = 1, class Integer>
 TNC_INLINE int run_length(const Integer* number, int64_t limit, int64_t step = 1) {
   if (step == 1 && limit == L) {  // mostly all of them do: a few vectors tell
     Integer difference = 0;
-    for (int i = 0; i < L; ++i) difference |= number[i] ^ (number[0] + i);
+    for (int i = 0; i < L; ++i) difference |= number[i] ^ (number[0] + i * By);
     if (difference == 0) return L;
   }
   int n = 1;
-  while (n < limit && number[n * step] == number[(n - 1) * step] + 1) ++n;
+  while (n < limit && number[n * step] == number[(n - 1) * step] + By) ++n;
   return n;
 }
 
@@ -289,13 +289,33 @@ bool store_rows(const T* total, int64_t rows, int vecs, int lanes, const T* bias
           for (int i = 0; i < L; ++i)
             if (i < some) block[i].store(to + i * lane_stride, run);
         }
-      } else {
-        const V sum = V::load(total_of(first) + j) + b;
-        special = V::either(special, is_special(sum));
-        D row[L];
-        canonical(sum).store(row);
-        for (int i = 0; i < some; ++i) to[i * lane_stride] = row[i];
+        continue;
       }
+      if constexpr (std::is_same_v<D, T> && V::stores_apart) {  // the phases of a stride of 2
+        const int apart = run_length<L, 2>(position + first, least(rows - first, L));
+        if (apart >= 2) {
+          const D* const ahead = dst + position[least(first + L, rows - 1)] + j * lane_stride;
+          V block[L];
+          for (int i = 0; i < L; ++i) {
+            prefetch_to_write(ahead + i * lane_stride);
+            prefetch_to_write(ahead + i * lane_stride + L);
+            const V sum = i < apart ? V::load(total_of(first + i) + j) + b : V::zero();
+            special = V::either(special, is_special(sum));
+            block[i] = canonical(sum);
+          }
+          V::transpose(block);
+#pragma GCC unroll 16
+          for (int i = 0; i < L; ++i)
+            if (i < some) block[i].store_apart(to + i * lane_stride, apart);
+          r = first + apart;
+          continue;
+        }
+      }
+      const V sum = V::load(total_of(first) + j) + b;
+      special = V::either(special, is_special(sum));
+      D row[L];
+      canonical(sum).store(row);
+      for (int i = 0; i < some; ++i) to[i * lane_stride] = row[i];
     }
   }
   return V::any(special);

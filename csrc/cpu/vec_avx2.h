@@ -28,6 +28,7 @@ template <>
 struct Vec<float> {
   static constexpr int lanes = 8;
   static constexpr int registers = 16;
+  static constexpr bool stores_apart = false;
   using Mask = __m256;
   __m256 v;
 
@@ -194,6 +195,7 @@ template <>
 struct Vec<double> {
   static constexpr int lanes = 4;
   static constexpr int registers = 16;
+  static constexpr bool stores_apart = false;
   using Mask = __m256d;
   __m256d v;
 

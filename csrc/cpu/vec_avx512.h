@@ -10,6 +10,7 @@ template <>
 struct Vec<float> {
   static constexpr int lanes = 16;
   static constexpr int registers = 32;
+  static constexpr bool stores_apart = true;
   using Mask = __mmask16;
   __m512 v;
 
@@ -82,6 +83,15 @@ struct Vec<float> {
 
   TNC_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
   TNC_INLINE void store(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+  // p[2 * i] = lane i, for i < n; what lies between is not touched.
+  TNC_INLINE void store_apart(float* p, int n) const {
+    const __m512i low = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    const uint32_t every_second = 0x55555555u >> (2 * (lanes - n));
+    _mm512_mask_storeu_ps(p, static_cast<Mask>(every_second), _mm512_permutexvar_ps(low, v));
+    _mm512_mask_storeu_ps(p + lanes, static_cast<Mask>(every_second >> lanes),
+                          _mm512_permutexvar_ps(high, v));
+  }
   TNC_INLINE void store(Half* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves());
   }
@@ -179,6 +189,7 @@ template <>
 struct Vec<double> {
   static constexpr int lanes = 8;
   static constexpr int registers = 32;
+  static constexpr bool stores_apart = true;
   using Mask = __mmask8;
   __m512d v;
 
@@ -192,6 +203,14 @@ struct Vec<double> {
   }
   TNC_INLINE void store(double* p) const { _mm512_storeu_pd(p, v); }
   TNC_INLINE void store(double* p, int n) const { _mm512_mask_storeu_pd(p, first(n), v); }
+  TNC_INLINE void store_apart(double* p, int n) const {
+    const __m512i low = _mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3);
+    const __m512i high = _mm512_add_epi64(low, _mm512_set1_epi64(4));
+    const uint32_t every_second = 0x5555u >> (2 * (lanes - n));
+    _mm512_mask_storeu_pd(p, static_cast<Mask>(every_second), _mm512_permutexvar_pd(low, v));
+    _mm512_mask_storeu_pd(p + lanes, static_cast<Mask>(every_second >> lanes),
+                          _mm512_permutexvar_pd(high, v));
+  }
 
   friend TNC_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_pd(a.v, b.v)}; }
   friend TNC_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_pd(a.v, b.v)}; }

@@ -27,8 +27,10 @@ struct Vec {
   static constexpr int lanes = 16 / sizeof(T);
 #if defined(__aarch64__)
   static constexpr int registers = 32;
+  static constexpr bool stores_apart = false;
 #else
   static constexpr int registers = 16;
+  static constexpr bool stores_apart = false;
 #endif
   typedef T Lanes __attribute__((vector_size(16)));
   typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Mask
