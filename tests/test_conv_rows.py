@@ -148,6 +148,7 @@ NAMED = {
     "pointwise, planes that crowd the cache": (1, 150, 40, 1, [(56, 1, 1, 1, 0, 0)] * 2),
     "pointwise, channels in pieces": (2, 300, 20, 1, [(28, 1, 1, 1, 0, 0)] * 2),
     "pointwise, rows side by side": (2, 45, 90, 1, [(16, 1, 1, 1, 0, 0), (18, 1, 1, 1, 0, 0)]),
+    "phases stored apart": (2, 40, 24, 1, [(33, 3, 2, 1, 1, 1), (70, 3, 2, 1, 1, 1)]),
     "pointwise, every second row": (1, 20, 20, 1, [(20, 1, 2, 1, 0, 0), (56, 1, 2, 1, 0, 0)]),
     "one filter, pointwise": (2, 48, 1, 1, [(13, 1, 1, 1, 0, 0), (25, 1, 1, 1, 0, 0)]),
     "two filters, pointwise": (1, 33, 2, 1, [(16, 1, 1, 1, 0, 0), (24, 1, 1, 1, 0, 0)]),

@@ -58,8 +58,9 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
   using V = Vec<T>;
   constexpr int L = V::lanes;
   constexpr int pointers = Wide ? Vecs : Rows;
+  constexpr bool all_lines = Wide && (Rows <= 2 || Vecs <= 4);
   const int64_t* position = finish ? finish->position : nullptr;
-  const int far = length[0] > 64 ? 1 : 2;  // tiles: what is asked for comes from far away
+  const int far = all_lines && length[0] > 64 ? 1 : 2;  // tiles: memory is far away
   for (; tiles > 0; --tiles, in_place += pointers, total += Rows * Vecs * L) {
     const Term* term = terms;
     const T* const ahead = last - in_place > far * pointers ? in_place[far * pointers] : *last;
@@ -84,7 +85,7 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
         const int64_t o = term->in_place;
         const T* const packed = panel + term++->packed * int64_t{Wide ? Rows : Vecs * L};
 #pragma GCC unroll 8
-        for (int j = 0; j < (Wide ? Vecs : 1); ++j) prefetch_near(ahead + o + j * L);
+        for (int j = 0; j < (all_lines ? Vecs : 1); ++j) prefetch_near(ahead + o + j * L);
         if constexpr (Wide && Rows < Vecs) {
           V row[Rows];
 #pragma GCC unroll 16
