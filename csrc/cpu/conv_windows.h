@@ -338,22 +338,24 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
                 const LaneTile tile = block.tile(i);
                 const S* const lanes = grad + n * grad_stride[0] + tile.first * grad_stride[1] +
                                        origin * grad_stride[4];
-                for (int64_t t = 0; t < last - first; t += K::group) {
+                int64_t turned = 0;  // terms
+                if constexpr (std::is_same_v<S, T>)
+                  if (rows <= 4 && lists == 1 && tile.lanes == tile.vecs * L &&
+                      grad_stride[4] == 1 && alike) {
+                    const auto multiply = rows == 1   ? multiply_turned<T, 1>
+                                          : rows == 2 ? multiply_turned<T, 2>
+                                          : rows == 3 ? multiply_turned<T, 3>
+                                                      : multiply_turned<T, 4>;
+                    const int64_t groups = (last - first) / K::group;
+                    for (int j = 0; j < tile.vecs; ++j)  // long runs of few channels
+                      multiply(row, s.axis[2].stride * image_stride[4],
+                               lanes + j * L * grad_stride[1], grad_stride[1], groups, K::group,
+                               total + j * L, tile.vecs * L, resumed || n > 0 || first > 0);
+                    turned = groups * K::group;
+                  }
+                for (int64_t t = turned; t < last - first; t += K::group) {
                   const int64_t left = last - first - t;
                   const bool resume = resumed || n > 0 || first + t > 0;
-                  if constexpr (std::is_same_v<S, T>)
-                    if (rows <= 4 && lists == 1 && tile.lanes == tile.vecs * L &&
-                        grad_stride[4] == 1 && alike && left >= K::group) {
-                      const auto multiply = rows == 1   ? multiply_turned<T, 1>
-                                            : rows == 2 ? multiply_turned<T, 2>
-                                            : rows == 3 ? multiply_turned<T, 3>
-                                                        : multiply_turned<T, 4>;
-                      const int32_t* const offset = lane_offset + t;
-                      multiply(row, term + t, K::group, lanes, grad_stride[1], offset,
-                               left >= 2 * K::group ? offset + K::group : offset, tile.vecs, total,
-                               resume);
-                      continue;
-                    }
                   pack_panel(panel, tile.vecs * L, tile.lanes, lanes, grad_stride[1],
                              lane_offset + t, least(left, K::group), 1, lane_offset + t + K::group,
                              least(left - K::group, K::group));

@@ -249,39 +249,42 @@ void multiply_vectors(const T* const* vector, int64_t vectors, const Term* terms
   });
 }
 
-// total[r] += a group of `terms` terms, for so few rows that a panel would serve them badly: blocks
-// of lanes are turned in registers instead. lane[i * lane_stride + offset[t]] is term t of lane i;
-// whole vectors of lanes and of terms, a vector of terms side by side. The memory at `next` is
-// asked for early.
+// total[r] += `groups` groups of `terms` terms each, for one vector of lanes and so few rows that a
+// panel would serve them badly: blocks of lanes are turned in registers instead. Term t is
+// row[r][t * row_step] and lane[i * lane_stride + t]; whole vectors of terms. The totals of a row
+// are `pitch` behind those of the row before.
 template <class T, int Rows>
-void multiply_turned(const T* const* row, const Term* term, int64_t terms, const T* lane,
-                     int64_t lane_stride, const int32_t* offset, const int32_t* next, int vecs,
-                     T* total, bool resume) {
+void multiply_turned(const T* const* row, int64_t row_step, const T* lane, int64_t lane_stride,
+                     int64_t groups, int64_t terms, T* total, int64_t pitch, bool resume) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
-  for (int j = 0; j < vecs; ++j, lane += L * lane_stride) {
+  constexpr int64_t ahead = 3 * L;  // terms
+  const T* at[Rows];
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) at[r] = row[r];
+  for (int64_t g = 0; g < groups; ++g, resume = true) {
     V chain[Rows];
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) chain[r] = V::zero();
-    for (int64_t t = 0; t < terms; t += L) {
+    for (int64_t t = 0; t < terms; t += L, lane += L) {
       V block[L];
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) {
-        prefetch(lane + i * lane_stride + next[t]);
-        block[i] = V::load(lane + i * lane_stride + offset[t]);
+        prefetch_near(lane + i * lane_stride + ahead);
+        block[i] = V::load(lane + i * lane_stride);
       }
       V::transpose(block);
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i)
 #pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r)
-          chain[r] = fma(V::broadcast(row[r][term[t + i].in_place]), block[i], chain[r]);
+        for (int r = 0; r < Rows; ++r) {
+          chain[r] = fma(V::broadcast(*at[r]), block[i], chain[r]);
+          at[r] += row_step;
+        }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) {
-      T* const to = total + (r * vecs + j) * L;
-      (resume ? V::load(to) + chain[r] : chain[r]).store(to);
-    }
+    for (int r = 0; r < Rows; ++r)
+      (resume ? V::load(total + r * pitch) + chain[r] : chain[r]).store(total + r * pitch);
   }
 }
 
