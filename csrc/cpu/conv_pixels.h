@@ -526,8 +526,12 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
   const bool pixels_in_place =
       call.image_stride[4] == 1 && (!wide || reach[2].count >= part[3] * L);
   const bool terms_in_place = call.image_stride[1] == 1 && !wide;
-  bool patched = is_half_type<S> || phases > 1 || all_taps > 1 || reach[2].step > 1 ||
-                 !(pixels_in_place || terms_in_place);
+  // Whole images without padding that stay in the cache are as good as a copy.
+  const bool whole_images =
+      pixels_in_place && boxes == part[0] &&
+      box_samples * std::llabs(call.image_stride[0]) * int64_t{sizeof(T)} <= patch_bytes;
+  bool patched = is_half_type<S> || phases > 1 || (all_taps > 1 && !whole_images) ||
+                 reach[2].step > 1 || !(pixels_in_place || terms_in_place);
   int64_t extent = call.image_channels * std::llabs(call.image_stride[1]);
   for (int a = 0; a < 3; ++a) {
     patched = patched || reach[a].padding;
