@@ -256,6 +256,16 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
           const S* const grad =
               static_cast<const S*>(p.output.data) + group * s.group_out() * grad_stride[1];
 
+          // Lanes that lie side by side serve a single tile of rows where they are, if the terms
+          // are whole rows of a panel apart: so many. Zero: they are packed.
+          const int64_t panel_row = block.vecs / block.tiles * L;
+          const bool in_place = std::is_same_v<S, T> && alike && grad_stride[1] == 1 &&
+                                rows <= TileSize<T, K::chains>::rows &&
+                                block.vecs % block.tiles == 0 &&
+                                (block.first_vec + block.vecs) * L <= s.group_out() &&
+                                grad_stride[4] % panel_row == 0;
+          const int64_t panel_step = in_place ? grad_stride[4] / panel_row : 0;
+
           // use(r, c, d, h, w) for all rows, tap after tap or channel after channel
           const auto each_row = [&](bool by_tap, const auto& use) {
             int64_t r = 0;
@@ -354,6 +364,8 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
                                                    term + list * table_size,
                                                    terms_of + list * chunk_groups);
                 }
+                for (int64_t i = 0; i < last - first && panel_step > 0; ++i)
+                  term[i].packed *= static_cast<int32_t>(panel_step);
               }
 
               T* total = totals;
@@ -382,9 +394,13 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
                   const bool resume = !keeps && (resumed || n > 0 || first + t > 0);
                   const int64_t kept = (n - first_kept) * sample_groups + (first + t) / K::group;
                   T* const to = total + (keeps ? (1 + kept) * sum_size : 0);
-                  pack_panel(panel, tile.vecs * L, tile.lanes, lanes, grad_stride[1],
-                             lane_offset + t, least(left, K::group), 1, lane_offset + t + K::group,
-                             least(left - K::group, K::group));
+                  const T* packed = panel;
+                  if (panel_step > 0)
+                    packed = reinterpret_cast<const T*>(lanes) + t * grad_stride[4];
+                  else
+                    pack_panel(panel, tile.vecs * L, tile.lanes, lanes, grad_stride[1],
+                               lane_offset + t, least(left, K::group), 1,
+                               lane_offset + t + K::group, least(left - K::group, K::group));
                   for (int64_t list = 0; list < lists; ++list) {
                     const int64_t terms = terms_of[list * chunk_groups + t / K::group];
                     const int32_t length[max_chains] = {static_cast<int32_t>(up(terms, K::chains)),
@@ -392,7 +408,7 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
                     const int64_t row0 = rows / lists * list;
                     if (terms > 0 || !resume)
                       multiply_rows<T, K::chains>(row + row0, rows / lists,
-                                                  term + list * table_size + t, length, panel,
+                                                  term + list * table_size + t, length, packed,
                                                   tile.vecs, to + row0 * tile.vecs * L, resume);
                   }
                 }

@@ -59,7 +59,9 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
   constexpr int L = V::lanes;
   constexpr int pointers = Wide ? Vecs : Rows;
   const int64_t* position = finish ? finish->position : nullptr;
-  const int far = length[0] > 64 ? 1 : 2;  // tiles: what is asked for comes from far away
+  // So few products wait for the memory: the second cache is to have what lies far ahead.
+  constexpr bool waits = Wide && Rows <= 2;
+  const int far = waits ? 4 : length[0] > 64 ? 1 : 2;  // tiles
   for (; tiles > 0; --tiles, in_place += pointers, total += Rows * Vecs * L) {
     const Term* term = terms;
     const T* const ahead = last - in_place > far * pointers ? in_place[far * pointers] : *last;
@@ -84,7 +86,8 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
         const int64_t o = term->in_place;
         const T* const packed = panel + term++->packed * int64_t{Wide ? Rows : Vecs * L};
 #pragma GCC unroll 8
-        for (int j = 0; j < (Wide ? Vecs : 1); ++j) prefetch_near(ahead + o + j * L);
+        for (int j = 0; j < (Wide ? Vecs : 1); ++j)
+          waits ? prefetch(ahead + o + j * L) : prefetch_near(ahead + o + j * L);
         if constexpr (Wide && Rows < Vecs) {
           V row[Rows];
 #pragma GCC unroll 16
