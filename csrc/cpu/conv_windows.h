@@ -377,15 +377,12 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
                 if constexpr (std::is_same_v<S, T>)
                   if (rows <= rows_turned && lists == 1 && tile.lanes == tile.vecs * L &&
                       grad_stride[4] == 1 && alike) {
-                    const auto multiply = rows == 1   ? multiply_turned<T, 1>
-                                          : rows == 2 ? multiply_turned<T, 2>
-                                          : rows == 3 ? multiply_turned<T, 3>
-                                                      : multiply_turned<T, 4>;
                     const int64_t groups = (last - first) / K::group;
                     for (int j = 0; j < tile.vecs; ++j)  // long runs of few channels
-                      multiply(row, s.axis[2].stride * image_stride[4],
-                               lanes + j * L * grad_stride[1], grad_stride[1], groups, K::group,
-                               total + j * L, tile.vecs * L, resumed || n > 0 || first > 0);
+                      turned_of<T>(rows)(row, s.axis[2].stride * image_stride[4],
+                                         lanes + j * L * grad_stride[1], grad_stride[1], 3 * L,
+                                         groups, K::group, total + j * L, tile.vecs * L,
+                                         resumed || n > 0 || first > 0);
                     turned = groups * K::group;
                   }
                 for (int64_t t = turned; t < last - first; t += K::group) {

@@ -255,13 +255,13 @@ void multiply_vectors(const T* const* vector, int64_t vectors, const Term* terms
 // total[r] += `groups` groups of `terms` terms each, for one vector of lanes and so few rows that a
 // panel would serve them badly: blocks of lanes are turned in registers instead. Term t is
 // row[r][t * row_step] and lane[i * lane_stride + t]; whole vectors of terms. The totals of a row
-// are `pitch` behind those of the row before.
+// are `pitch` behind those of the row before. What lies `ahead` of a lane is asked for early.
 template <class T, int Rows>
 void multiply_turned(const T* const* row, int64_t row_step, const T* lane, int64_t lane_stride,
-                     int64_t groups, int64_t terms, T* total, int64_t pitch, bool resume) {
+                     int64_t ahead, int64_t groups, int64_t terms, T* total, int64_t pitch,
+                     bool resume) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
-  constexpr int64_t ahead = 3 * L;  // terms
   const T* at[Rows];
 #pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r) at[r] = row[r];
@@ -289,6 +289,15 @@ void multiply_turned(const T* const* row, int64_t row_step, const T* lane, int64
     for (int r = 0; r < Rows; ++r)
       (resume ? V::load(total + r * pitch) + chain[r] : chain[r]).store(total + r * pitch);
   }
+}
+
+constexpr int rows_turned = 4;  // at most
+template <class T>
+TNC_INLINE auto turned_of(int64_t rows) {
+  return rows == 1   ? multiply_turned<T, 1>
+         : rows == 2 ? multiply_turned<T, 2>
+         : rows == 3 ? multiply_turned<T, 3>
+                     : multiply_turned<T, 4>;
 }
 
 }  // namespace torch_naiveconv::TNC_ISA
