@@ -12,6 +12,7 @@ namespace torch_naiveconv::TNC_ISA {
 constexpr int64_t patch_bytes = 192 << 10;
 constexpr int64_t source_bytes = 1 << 20;  // of a channels_last image that several patches read
 constexpr int64_t total_bytes = 1 << 20;   // of a task's totals
+constexpr int64_t sum_bytes = 4 << 20;     // of the sums that a task keeps of its groups
 constexpr int64_t phase_bytes = 1 << 20;   // of the samples whose stride phases take turns
 constexpr int64_t rows_of_task = 2048;     // pixels that share a packed panel, at most
 constexpr int64_t work_of_task = 50000;    // multiply-adds below which a thread is not worth waking

@@ -500,14 +500,26 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
   const bool pixels_in_place =
       call.image_stride[4] == 1 && (!wide || reach[2].count >= part[3] * L);
   const bool terms_in_place = call.image_stride[1] == 1 && !wide;
-  bool patched = is_half_type<S> || phases > 1 || all_taps > 1 || reach[2].step > 1 ||
-                 !(pixels_in_place || terms_in_place);
+  // Whole images without padding that stay in the cache are as good as a copy.
+  const bool whole_images =
+      pixels_in_place && boxes == part[0] &&
+      box_samples * std::llabs(call.image_stride[0]) * int64_t{sizeof(T)} <= patch_bytes;
+  bool patched = is_half_type<S> || phases > 1 || (all_taps > 1 && !whole_images) ||
+                 reach[2].step > 1 || !(pixels_in_place || terms_in_place);
   int64_t extent = call.image_channels * std::llabs(call.image_stride[1]);
   for (int a = 0; a < 3; ++a) {
     patched = patched || reach[a].padding;
     extent += patch_size[a] * reach[a].hop * std::llabs(call.image_stride[a + 2]);
   }
   patched = patched || extent > INT32_MAX;
+  // Vectors of few channels' pixels, whose terms lie side by side, are turned in registers.
+  const bool turned = wide && std::is_same_v<S, T> && all_taps == 1 && phases == 1 &&
+                      !reach[0].padding && !reach[1].padding && !reach[2].padding &&
+                      call.image_stride[1] == 1 && call.lanes <= rows_turned &&
+                      call.image_channels % L == 0 &&
+                      (call.image_channels <= K::group || call.image_channels % K::group == 0) &&
+                      extent <= INT32_MAX && reach[2].count >= part[3] * L;
+  patched = patched && !turned;
   const int64_t plane =
       box_samples * patch_size[0] * patch_size[1] * patch_size[2] * int64_t{sizeof(T)};
   const int64_t patch_channels =
@@ -524,7 +536,7 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
     layout.channel = call.image_stride[1];
     for (int a = 0; a < 3; ++a) layout.axis[a] = call.image_stride[a + 2];
   }
-  const bool one_chunk = patch_channels == call.image_channels;
+  const bool one_chunk = turned || patch_channels == call.image_channels;
 
   // The terms.
   const int64_t groups = up(call.image_channels * all_taps, K::group);
@@ -743,16 +755,31 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
                 Finish<T> finish;
                 bool finishes = false;  // where vectors lie side by side in the result
                 if constexpr (std::is_same_v<S, T>) {
-                  finishes = wide ? to_pixel == 1 : to_channel == 1;
+                  finishes = !turned && (wide ? to_pixel == 1 : to_channel == 1);
                   finish = {to,           to_row, to_channel, bias, wide ? pixels : tile.lanes,
                             &task_special};
                 }
-                for (int k = i; k < i + at_once; ++k)
-                  multiply_lanes(
-                      call, phase[k],
-                      call.weight + group * call.group_stride + tile.first * call.lane_stride, tile,
-                      g0, g1, wide, step, row + k * box_rows, rows_of + k * parts, panel,
-                      total + (k - i) * totals_of_phase, finishes ? &finish : nullptr);
+                const S* const weight =
+                    call.weight + group * call.group_stride + tile.first * call.lane_stride;
+                if constexpr (std::is_same_v<S, T>)
+                  if (turned) {
+                    const T* filter[rows_turned];
+                    for (int l = 0; l < tile.lanes; ++l) filter[l] = weight + l * call.lane_stride;
+                    each_wide_run<T, 1>(
+                        tile.lanes, rows, [&](Tiles<T>, int64_t v, int64_t run, int vecs) {
+                          for (int64_t k = 0; k < run * vecs; ++k)
+                            turned_of<T>(tile.lanes)(
+                                filter, call.channel_stride,
+                                row[v + k] + phase->part->term->in_place, row_step[2],
+                                L * row_step[2], groups, call.image_channels / groups,
+                                total + ((v + k / vecs * vecs) * tile.lanes + k % vecs) * L,
+                                vecs * L, false);
+                        });
+                  }
+                for (int k = i; k < i + at_once && !turned; ++k)
+                  multiply_lanes(call, phase[k], weight, tile, g0, g1, wide, step,
+                                 row + k * box_rows, rows_of + k * parts, panel,
+                                 total + (k - i) * totals_of_phase, finishes ? &finish : nullptr);
                 if (g1 < groups || finishes) {
                 } else if (at_once > 1) {
                   int64_t size = 0;  // of the result's rows

@@ -157,22 +157,41 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
   // threads. A block's patch must hold at least what one group reads.
   const int64_t threads = thread_count();
   const int64_t work = s.batch * pixels * taps * s.group_in() * s.out_channels;
+  int64_t patch_channels = s.group_in();  // at most
+  if (patched) {
+    const Bands worst(s, 0, least(pixels, K::group), 0);
+    patch_channels =
+        least(patch_channels, patch_bytes / (int64_t{sizeof(T)} * 2 * worst.elements()));
+  }
   int64_t lane_blocks = up(lane_vecs * L, 256);
-  if (work > work_of_task && s.groups < threads)
+  // Few rows and lanes share badly: then blocks of samples are shared. The first block adds its
+  // groups up, the others keep the sum of each group, and who is done last adds them in order.
+  const int64_t all_rows = s.group_in() * taps, sample_groups = up(pixels, K::group);
+  const int64_t sum_size = all_rows * lane_vecs * L;
+  int64_t sample_blocks = 1;
+  if (work > work_of_task && s.groups == 1 && K::chains == 1 && lists == 1 && p.total == nullptr &&
+      lane_blocks == 1 && patch_channels == s.group_in() && s.group_in() < 4 * threads &&
+      all_rows > rows_turned &&
+      up(s.batch, threads) * sample_groups * sum_size * int64_t{sizeof(T)} <= sum_bytes)
+    sample_blocks = least(threads, s.batch);
+  const bool shared = sample_blocks > 1;
+  const int64_t first_kept = cut_at(s.batch, sample_blocks, 1);  // sample
+  const int64_t shared_size = (1 + (s.batch - first_kept) * sample_groups) * sum_size;
+  Arena& plan = plan_arena();
+  if (shared) plan.reset(Arena::bytes_for<T>(shared_size));
+  T* const shared_total = shared ? plan.take<T>(shared_size) : nullptr;
+  std::atomic<int64_t> blocks_done{0};
+  if (work > work_of_task && s.groups < threads && !shared)
     // Few channels would share badly: then vectors of lanes are shared one by one.
     lane_blocks = most(lane_blocks, least(up(threads, s.groups),
                                           s.group_in() < 4 * threads
                                               ? lane_vecs
                                               : up(lane_vecs, TileSize<T, K::chains>::vecs)));
   const int64_t block_vecs = up(lane_vecs, lane_blocks);
-  int64_t block_channels = total_bytes / (int64_t{sizeof(T)} * block_vecs * L * taps);
-  if (patched) {
-    const Bands worst(s, 0, least(pixels, K::group), 0);
-    block_channels =
-        least(block_channels, patch_bytes / (int64_t{sizeof(T)} * 2 * worst.elements()));
-  }
-  int64_t channel_blocks = up(s.group_in(), most(1, least(block_channels, s.group_in())));
-  if (work > work_of_task)
+  int64_t block_channels =
+      least(patch_channels, total_bytes / (int64_t{sizeof(T)} * block_vecs * L * taps));
+  int64_t channel_blocks = up(s.group_in(), most(1, block_channels));
+  if (work > work_of_task && !shared)
     channel_blocks = most(channel_blocks, least(s.group_in(), up(threads, s.groups * lane_blocks)));
   // Rows that share their terms are better whole tiles.
   const int64_t unit = least(skip_padding ? TileSize<T, K::chains>::rows : 1, s.group_in());
@@ -188,7 +207,7 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
       by_pixel ? PatchLayout::by_pixel(block_channels, {1, 1, 1}).axis[2] : block_channels;
   const int64_t patch_limit = patch_bytes / int64_t{sizeof(T)} / patch_pitch;
 
-  const int64_t tasks = s.groups * lane_blocks * channel_blocks;
+  const int64_t tasks = s.groups * lane_blocks * channel_blocks * sample_blocks;
   parallel_for(
       tasks, most(1, work_of_task * tasks / most(work, 1)), K::mode,
       [&](int64_t begin, int64_t end) {
@@ -214,7 +233,8 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
                     Arena::bytes_for<Term>(lists * table_size) +
                     Arena::bytes_for<int32_t>(table_size) +
                     Arena::bytes_for<int64_t>(lists * chunk_groups));
-        T* const totals = arena.take<T>(total_size);
+        T* const own_totals = arena.take<T>(total_size);
+        T* const totals = shared ? shared_total : own_totals;
         T* const panel = arena.take<T>(panel_size);
         T* const patch = arena.take<T>(patch_size);
         T* const no_bias = arena.take<T>(block_vecs * L);
@@ -229,7 +249,8 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
         for (int64_t task = begin; task < end; ++task) {
           const int64_t channel_block = task % channel_blocks;
           const int64_t lane_block = task / channel_blocks % lane_blocks;
-          const int64_t group = task / channel_blocks / lane_blocks;
+          const int64_t group = task / channel_blocks / lane_blocks % s.groups;
+          const int64_t sample_block = task / channel_blocks / lane_blocks / s.groups;
           const LaneBlock<T, K::chains> block(s.group_out(), lane_block, lane_blocks);
           const int64_t channel0 = first_channel(channel_block);
           const int64_t channel1 = first_channel(channel_block + 1);
@@ -238,6 +259,16 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
                                  (group * s.group_in() + channel0) * image_stride[1];
           const S* const grad =
               static_cast<const S*>(p.output.data) + group * s.group_out() * grad_stride[1];
+
+          // Lanes that lie side by side serve a single tile of rows where they are, if the terms
+          // are whole rows of a panel apart: so many. Zero: they are packed.
+          const int64_t panel_row = block.vecs / block.tiles * L;
+          const bool in_place = std::is_same_v<S, T> && alike && grad_stride[1] == 1 &&
+                                rows <= TileSize<T, K::chains>::rows &&
+                                block.vecs % block.tiles == 0 &&
+                                (block.first_vec + block.vecs) * L <= s.group_out() &&
+                                grad_stride[4] % panel_row == 0;
+          const int64_t panel_step = in_place ? grad_stride[4] / panel_row : 0;
 
           // use(r, c, d, h, w) for all rows, tap after tap or channel after channel
           const auto each_row = [&](bool by_tap, const auto& use) {
@@ -270,7 +301,9 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
           }
 
           int64_t known_first = 0, known_last = 0;  // the chunk whose terms are listed
-          for (int64_t n = 0; n < s.batch; ++n)
+          const int64_t n0 = cut_at(s.batch, sample_blocks, sample_block);
+          const int64_t n1 = cut_at(s.batch, sample_blocks, sample_block + 1);
+          for (int64_t n = n0; n < n1; ++n)
             for (int64_t first = 0; first < pixels;) {
               // A chunk: the groups whose windows fit into the patch, or in place into the cache,
               // where all tiles of lanes find them.
@@ -335,6 +368,8 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
                                                    term + list * table_size,
                                                    terms_of + list * chunk_groups);
                 }
+                for (int64_t i = 0; i < last - first && panel_step > 0; ++i)
+                  term[i].packed *= static_cast<int32_t>(panel_step);
               }
 
               T* total = totals;
@@ -342,38 +377,44 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
                 const LaneTile tile = block.tile(i);
                 const S* const lanes = grad + n * grad_stride[0] + tile.first * grad_stride[1] +
                                        origin * grad_stride[4];
-                for (int64_t t = 0; t < last - first; t += K::group) {
+                int64_t turned = 0;  // terms
+                if constexpr (std::is_same_v<S, T>)
+                  if (rows <= rows_turned && lists == 1 && tile.lanes == tile.vecs * L &&
+                      grad_stride[4] == 1 && alike) {
+                    const int64_t groups = (last - first) / K::group;
+                    for (int j = 0; j < tile.vecs; ++j)  // long runs of few channels
+                      turned_of<T>(rows)(row, s.axis[2].stride * image_stride[4],
+                                         lanes + j * L * grad_stride[1], grad_stride[1], 3 * L,
+                                         groups, K::group, total + j * L, tile.vecs * L,
+                                         resumed || n > 0 || first > 0);
+                    turned = groups * K::group;
+                  }
+                for (int64_t t = turned; t < last - first; t += K::group) {
                   const int64_t left = last - first - t;
-                  const bool resume = resumed || n > 0 || first + t > 0;
+                  const bool keeps = sample_block > 0;
+                  const bool resume = !keeps && (resumed || n > 0 || first + t > 0);
+                  const int64_t kept = (n - first_kept) * sample_groups + (first + t) / K::group;
+                  T* const to = total + (keeps ? (1 + kept) * sum_size : 0);
+                  const T* packed = panel;
+                  if (panel_step > 0)
+                    packed = reinterpret_cast<const T*>(lanes) + t * grad_stride[4];
+                  else
+                    pack_panel(panel, tile.vecs * L, tile.lanes, lanes, grad_stride[1],
+                               lane_offset + t, least(left, K::group), 1,
+                               lane_offset + t + K::group, least(left - K::group, K::group));
                   if constexpr (std::is_same_v<S, T>)
-                    if (rows <= 4 && lists == 1 && tile.lanes == tile.vecs * L &&
-                        grad_stride[4] == 1 && alike && left >= K::group) {
-                      const auto multiply = rows == 1   ? multiply_turned<T, 1>
-                                            : rows == 2 ? multiply_turned<T, 2>
-                                            : rows == 3 ? multiply_turned<T, 3>
-                                                        : multiply_turned<T, 4>;
-                      const int32_t* const offset = lane_offset + t;
-                      multiply(row, term + t, K::group, lanes, grad_stride[1], offset,
-                               left >= 2 * K::group ? offset + K::group : offset, tile.vecs, total,
-                               resume);
-                      continue;
-                    }
-                  pack_panel(panel, tile.vecs * L, tile.lanes, lanes, grad_stride[1],
-                             lane_offset + t, least(left, K::group), 1, lane_offset + t + K::group,
-                             least(left - K::group, K::group));
-                  if constexpr (std::is_same_v<S, T>)
-                    if (side_by_side && left >= K::group) {
+                    if (side_by_side && panel_step == 0 && left >= K::group) {
                       constexpr int R = Size::rows;
                       const int64_t tiles = rows / R, rest = tiles * R;
                       const auto multiply = tile.vecs == 1   ? multiply_runs<T, R, 1>
                                             : tile.vecs == 2 ? multiply_runs<T, R, 2>
                                                              : multiply_runs<T, R, Size::vecs>;
                       multiply(tiles, row[0] + term[t].in_place, layout.channel, K::group, panel,
-                               total, resume);
+                               to, resume);
                       const int32_t length[max_chains] = {K::group};
                       if (rest < rows)
                         multiply_rows<T, K::chains>(row + rest, rows - rest, term + t, length,
-                                                    panel, tile.vecs, total + rest * tile.vecs * L,
+                                                    panel, tile.vecs, to + rest * tile.vecs * L,
                                                     resume);
                       continue;
                     }
@@ -384,8 +425,8 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
                     const int64_t row0 = rows / lists * list;
                     if (terms > 0 || !resume)
                       multiply_rows<T, K::chains>(row + row0, rows / lists,
-                                                  term + list * table_size + t, length, panel,
-                                                  tile.vecs, total + row0 * tile.vecs * L, resume);
+                                                  term + list * table_size + t, length, packed,
+                                                  tile.vecs, to + row0 * tile.vecs * L, resume);
                   }
                 }
                 total += rows * tile.vecs * L;
@@ -393,6 +434,15 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
               first = last;
             }
 
+          if (shared) {
+            if (blocks_done.fetch_add(1) + 1 < sample_blocks) continue;
+            for (int64_t i = 0; i < sum_size; i += L) {
+              auto sum = Vec<T>::load(totals + i);
+              for (int64_t j = i + sum_size; j < shared_size; j += sum_size)
+                sum = sum + Vec<T>::load(totals + j);
+              sum.store(totals + i);
+            }
+          }
           each_row(channels_inside, [&](int64_t r, int64_t c, int64_t d, int64_t h, int64_t w) {
             const int64_t tap = (d * s.axis[1].kernel + h) * s.axis[2].kernel + w;
             order[r] = static_cast<int32_t>(taps_first ? tap * channels + c : c * taps + tap);

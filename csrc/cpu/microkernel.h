@@ -60,7 +60,9 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
   constexpr int pointers = Wide ? Vecs : Rows;
   constexpr bool all_lines = Wide && (Rows <= 2 || Vecs <= 4);
   const int64_t* position = finish ? finish->position : nullptr;
-  const int far = all_lines && length[0] > 64 ? 1 : 2;  // tiles: memory is far away
+  // So few products wait for the memory: the second cache is to have what lies far ahead.
+  constexpr bool waits = Wide && Rows <= 2;
+  const int far = waits ? 4 : all_lines && length[0] > 64 ? 1 : 2;  // tiles
   for (; tiles > 0; --tiles, in_place += pointers, total += Rows * Vecs * L) {
     const Term* term = terms;
     const T* const ahead = last - in_place > far * pointers ? in_place[far * pointers] : *last;
@@ -85,7 +87,8 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
         const int64_t o = term->in_place;
         const T* const packed = panel + term++->packed * int64_t{Wide ? Rows : Vecs * L};
 #pragma GCC unroll 8
-        for (int j = 0; j < (all_lines ? Vecs : 1); ++j) prefetch_near(ahead + o + j * L);
+        for (int j = 0; j < (all_lines ? Vecs : 1); ++j)
+          waits ? prefetch(ahead + o + j * L) : prefetch_near(ahead + o + j * L);
         if constexpr (Wide && Rows < Vecs) {
           V row[Rows];
 #pragma GCC unroll 16
@@ -250,43 +253,55 @@ void multiply_vectors(const T* const* vector, int64_t vectors, const Term* terms
   });
 }
 
-// total[r] += a group of `terms` terms, for so few rows that a panel would serve them badly: blocks
-// of lanes are turned in registers instead. lane[i * lane_stride + offset[t]] is term t of lane i;
-// whole vectors of lanes and of terms, a vector of terms side by side. The memory at `next` is
-// asked for early.
+// total[r] += `groups` groups of `terms` terms each, for one vector of lanes and so few rows that a
+// panel would serve them badly: blocks of lanes are turned in registers instead. Term t is
+// row[r][t * row_step] and lane[i * lane_stride + t]; whole vectors of terms. The totals of a row
+// are `pitch` behind those of the row before. What lies `ahead` of a lane is asked for early.
 template <class T, int Rows>
-void multiply_turned(const T* const* row, const Term* term, int64_t terms, const T* lane,
-                     int64_t lane_stride, const int32_t* offset, const int32_t* next, int vecs,
-                     T* total, bool resume) {
+void multiply_turned(const T* const* row, int64_t row_step, const T* lane, int64_t lane_stride,
+                     int64_t ahead, int64_t groups, int64_t terms, T* total, int64_t pitch,
+                     bool resume) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
-  for (int j = 0; j < vecs; ++j, lane += L * lane_stride) {
+  const T* at[Rows];
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) at[r] = row[r];
+  for (int64_t g = 0; g < groups; ++g, resume = true) {
     V chain[Rows];
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) chain[r] = V::zero();
-    for (int64_t t = 0; t < terms; t += L) {
+    for (int64_t t = 0; t < terms; t += L, lane += L) {
       V block[L];
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) {
-        prefetch(lane + i * lane_stride + next[t]);
-        block[i] = V::load(lane + i * lane_stride + offset[t]);
+        prefetch_near(lane + i * lane_stride + ahead);
+        block[i] = V::load(lane + i * lane_stride);
       }
       V::transpose(block);
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i)
 #pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r)
-          chain[r] = fma(V::broadcast(row[r][term[t + i].in_place]), block[i], chain[r]);
+        for (int r = 0; r < Rows; ++r) {
+          chain[r] = fma(V::broadcast(*at[r]), block[i], chain[r]);
+          at[r] += row_step;
+        }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) {
-      T* const to = total + (r * vecs + j) * L;
-      (resume ? V::load(to) + chain[r] : chain[r]).store(to);
-    }
+    for (int r = 0; r < Rows; ++r)
+      (resume ? V::load(total + r * pitch) + chain[r] : chain[r]).store(total + r * pitch);
   }
 }
 
-// multiply_tiles for rows of `terms` terms side by side in memory (a multiple of Rows), the rows
+constexpr int rows_turned = 4;  // at most
+template <class T>
+TNC_INLINE auto turned_of(int64_t rows) {
+  return rows == 1   ? multiply_turned<T, 1>
+         : rows == 2 ? multiply_turned<T, 2>
+         : rows == 3 ? multiply_turned<T, 3>
+                     : multiply_turned<T, 4>;
+}
+
+// multiply_tiles for rows of `terms` terms side by side in memory (a multiple of 8), the rows
 // `apart` from each other. Meanwhile the next tile's rows are asked for, after the last tile those
 // of the terms behind these: each term asks for one row, so that every line is asked for in time.
 template <class T, int Rows, int Vecs>
@@ -305,10 +320,10 @@ void multiply_runs(int64_t tiles, const T* first, int64_t apart, int64_t terms, 
 #pragma GCC unroll 8
       for (int j = 0; j < Vecs; ++j) chain[i][j] = V::zero();
     const T* packed = panel;
-    for (int64_t t = 0; t < terms; t += Rows)
-#pragma GCC unroll 16
-      for (int k = 0; k < Rows; ++k, packed += Vecs * L) {
-        prefetch_near(at[k] + t + ahead);
+    for (int64_t t = 0; t < terms; t += 8)
+#pragma GCC unroll 8
+      for (int k = 0; k < 8; ++k, packed += Vecs * L) {
+        prefetch_near(at[k % Rows] + t + ahead);
         V lane[Vecs];
 #pragma GCC unroll 8
         for (int j = 0; j < Vecs; ++j) lane[j] = V::load(packed + j * L);
