@@ -216,6 +216,22 @@ def test_gradients_that_are_not_finite(row, bad, place):
 
 
 @pytest.mark.parametrize("row", FAST)
+@pytest.mark.parametrize(
+    ("channels", "filters", "size", "kernel"), [(3, 20, 20, 5), (7, 256, 23, 13)]
+)
+def test_samples_shared_by_threads(row, channels, filters, size, kernel):
+    """Few rows: threads share the samples, but not if the totals are more than one block."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, channels, size, size, generator=generator)
+    g = torch.randn(3, filters, *[size - kernel + 1] * 2, generator=generator)
+    shape = (filters, channels, kernel, kernel)
+    expected = F.conv_grad_weight(x, shape, g, impl="naive")
+    for count in (1, 2, 3):
+        with threads(count):
+            assert_same_bits(F.conv_grad_weight(x, shape, g, impl=row), expected, (row, count))
+
+
+@pytest.mark.parametrize("row", FAST)
 def test_bias_of_minus_zero(row):
     """A flushed total of -0 stays -0 where a tap meets no output, and a bias of -0 shows it."""
     g, w = torch.full((1, 31, 1), -0.0), torch.ones(31, 20, 3)

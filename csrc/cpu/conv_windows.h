@@ -164,14 +164,15 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
         least(patch_channels, patch_bytes / (int64_t{sizeof(T)} * 2 * worst.elements()));
   }
   int64_t lane_blocks = up(lane_vecs * L, 256);
-  // Few rows and lanes share badly: then blocks of samples are shared. The first block adds its
-  // groups up, the others keep the sum of each group, and who is done last adds them in order.
+  // Few rows and lanes, one block of totals, share badly: then blocks of samples are shared. The
+  // first block adds its groups up, the others keep the sum of each group, and who is done last
+  // adds them in order.
   const int64_t all_rows = s.group_in() * taps, sample_groups = up(pixels, K::group);
   const int64_t sum_size = all_rows * lane_vecs * L;
   int64_t sample_blocks = 1;
   if (work > work_of_task && s.groups == 1 && K::chains == 1 && lists == 1 && p.total == nullptr &&
       lane_blocks == 1 && patch_channels == s.group_in() && s.group_in() < 4 * threads &&
-      all_rows > rows_turned &&
+      all_rows > rows_turned && sum_size * int64_t{sizeof(T)} <= total_bytes &&
       up(s.batch, threads) * sample_groups * sum_size * int64_t{sizeof(T)} <= sum_bytes)
     sample_blocks = least(threads, s.batch);
   const bool shared = sample_blocks > 1;
