@@ -38,6 +38,13 @@ struct LaneTile {
   int lanes, vecs;
 };
 
+// The widest tile: a panel of four vectors is 32 KB, and some first caches hold no more than that.
+template <class T, int Chains>
+int most_vecs() {
+  static const bool large = sysconf(_SC_LEVEL1_DCACHE_SIZE) > 32 << 10;
+  return large || Chains == 2 ? TileSize<T, Chains>::vecs : least(TileSize<T, Chains>::vecs, 3);
+}
+
 // A block is some whole vectors of the lanes, cut into tiles that are as equal as can be.
 template <class T, int Chains>
 struct LaneBlock {
@@ -48,7 +55,7 @@ struct LaneBlock {
     const int64_t all = up(lanes, L);
     first_vec = cut_at(all, blocks, block);
     vecs = cut_at(all, blocks, block + 1) - first_vec;
-    tiles = up(vecs, TileSize<T, Chains>::vecs);
+    tiles = up(vecs, most_vecs<T, Chains>());
   }
   LaneTile tile(int64_t i) const {
     const int64_t from = cut_at(vecs, tiles, i), to = cut_at(vecs, tiles, i + 1);

@@ -148,9 +148,11 @@ struct Images {
 // what lies side by side in the result are stored as they are.
 template <class S>
 bool has_vectors_of_pixels(const Images<S>& call, const GridAxis (&grid)[3]) {
-  using Size = TileSize<typename Kind<S>::T, Kind<S>::chains>;
-  constexpr int L = Vec<typename Kind<S>::T>::lanes;
-  const int64_t vecs = up(call.lanes, L), tiles = up(vecs, Size::vecs), pixels = grid[2].count;
+  using T = typename Kind<S>::T;
+  using Size = TileSize<T, Kind<S>::chains>;
+  constexpr int L = Vec<T>::lanes;
+  const int64_t vecs = up(call.lanes, L), pixels = grid[2].count;
+  const int64_t tiles = up(vecs, most_vecs<T, Kind<S>::chains>());
   int64_t slots = 0;
   for (int64_t i = 0; i < tiles; ++i)
     slots += most(Size::rows * (cut_at(vecs, tiles, i + 1) - cut_at(vecs, tiles, i)), 8);
@@ -405,7 +407,9 @@ inline int64_t cost_of(const Cut& d, const Cut& h, const Cut& w, int64_t samples
 template <class S>
 void choose_cuts(const Images<S>& call, const GridAxis (&grid)[3], bool wide, Cut (&cut)[3]) {
   using T = typename Kind<S>::T;
-  constexpr int64_t lanes = Vec<T>::lanes, tile_rows = TileSize<T, Kind<S>::chains>::rows;
+  constexpr int chains = Kind<S>::chains, lanes = Vec<T>::lanes;
+  const int tile_rows =
+      TileSize<T, chains>::rows_of(LaneBlock<T, chains>(call.lanes, 0, 1).tile(0).vecs);
   const int64_t terms = call.image_channels * grid[0].taps * grid[1].taps * grid[2].taps;
   const int64_t pixels = grid[0].count * grid[1].count * grid[2].count;
   const int64_t samples = most(1, least(call.batch, rows_of_task / most(pixels, 1)));

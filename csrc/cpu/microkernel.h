@@ -16,9 +16,11 @@ namespace torch_naiveconv::TNC_ISA {
 constexpr int max_chains = 2;
 
 template <class T, int Chains>
-struct TileSize {
-  static constexpr int vecs = Vec<T>::registers == 32 ? 3 : 2;
+struct TileSize {  // at most
+  static constexpr int vecs = Vec<T>::registers == 32 ? 4 : 2;
   static constexpr int rows = (Vec<T>::registers == 32 ? 8 : 6) / Chains;
+  // The chains, the lanes and a row have to fit the registers.
+  static constexpr int rows_of(int64_t some_vecs) { return some_vecs == 4 ? 6 / Chains : rows; }
 
   // Of a wide tile: vectors that go with a number of rows, so that the chains, all lanes and a row,
   // or all rows and a lane, fit the registers: one chain in memory would halve the speed.
@@ -171,13 +173,16 @@ template <class T>
 using Tiles = void (*)(int64_t, const T* const*, const Term*, const int32_t*, const T*, T*, bool,
                        const T* const*, const Finish<T>*);
 
-// The tile of `rows` x `vecs`, 1 <= rows <= TileSize::rows, 1 <= vecs <= TileSize::vecs.
+// The tile of `rows` x `vecs`, 1 <= rows <= TileSize::rows_of(vecs), 1 <= vecs <= TileSize::vecs.
 template <class T, int Chains, int Rows = TileSize<T, Chains>::rows>
 TNC_INLINE Tiles<T> tile_of(int rows, int vecs) {
   if constexpr (Rows > 1) {
     if (rows < Rows) return tile_of<T, Chains, Rows - 1>(rows, vecs);
   }
-  if constexpr (TileSize<T, Chains>::vecs == 3) {
+  if constexpr (TileSize<T, Chains>::vecs == 4) {
+    if constexpr (Rows <= TileSize<T, Chains>::rows_of(4)) {
+      if (vecs == 4) return multiply_tiles<T, Chains, Rows, 4, false>;
+    }
     if (vecs == 3) return multiply_tiles<T, Chains, Rows, 3, false>;
   }
   return vecs == 2 ? multiply_tiles<T, Chains, Rows, 2, false>
@@ -207,7 +212,7 @@ template <class T, int Chains>
 void multiply_rows(const T* const* row, int64_t rows, const Term* terms, const int32_t* length,
                    const T* panel, int vecs, T* total, bool resume,
                    const Finish<T>* finish = nullptr) {
-  constexpr int step = TileSize<T, Chains>::rows;
+  const int step = TileSize<T, Chains>::rows_of(vecs);
   const T* const* const last = row + rows - 1;
   Finish<T> here = finish ? *finish : Finish<T>{};
   const auto multiply = [&](int64_t tiles, int64_t tile_rows) {
@@ -342,6 +347,16 @@ void multiply_runs(int64_t tiles, const T* first, int64_t apart, int64_t terms, 
         (resume ? V::load(to) + chain[i][j] : chain[i][j]).store(to);
       }
   }
+}
+
+template <class T>
+TNC_INLINE auto runs_of(int vecs) {
+  using Size = TileSize<T, 1>;
+  if constexpr (Size::vecs == 4) {
+    if (vecs == 4) return multiply_runs<T, Size::rows_of(4), 4>;
+    if (vecs == 3) return multiply_runs<T, Size::rows, 3>;
+  }
+  return vecs == 2 ? multiply_runs<T, Size::rows, 2> : multiply_runs<T, Size::rows, 1>;
 }
 
 }  // namespace torch_naiveconv::TNC_ISA
