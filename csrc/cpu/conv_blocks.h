@@ -40,10 +40,17 @@ struct LaneTile {
 };
 
 // The widest tile: a panel of four vectors is 32 KB, and some first caches hold no more than that.
-template <class T, int Chains>
-int most_vecs() {
+inline bool first_cache_is_large() {
+#ifdef _SC_LEVEL1_DCACHE_SIZE
   static const bool large = sysconf(_SC_LEVEL1_DCACHE_SIZE) > 32 << 10;
-  return large || Chains == 2 ? TileSize<T, Chains>::vecs : least(TileSize<T, Chains>::vecs, 3);
+  return large;
+#else
+  return false;
+#endif
+}
+template <class T, int Chains>
+int64_t most_vecs() {  // two chains have groups of 32 terms
+  return least(TileSize<T, Chains>::vecs, Chains == 2 || first_cache_is_large() ? 4 : 3);
 }
 
 // A block is some whole vectors of the lanes, cut into tiles that are as equal as can be.
