@@ -10,6 +10,7 @@ namespace torch_naiveconv::TNC_ISA {
 
 // Of what a task reads of its image at a time, in a patch or in place, unless one group needs more.
 constexpr int64_t patch_bytes = 192 << 10;
+constexpr int64_t pixel_bytes = 512;       // of a channels_last image that is read in place
 constexpr int64_t source_bytes = 1 << 20;  // of a channels_last image that several patches read
 constexpr int64_t total_bytes = 1 << 20;   // of a task's totals
 constexpr int64_t sum_bytes = 4 << 20;     // of the sums that a task keeps of its groups
@@ -38,6 +39,20 @@ struct LaneTile {
   int lanes, vecs;
 };
 
+// The widest tile: a panel of four vectors is 32 KB, and some first caches hold no more than that.
+inline bool first_cache_is_large() {
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+  static const bool large = sysconf(_SC_LEVEL1_DCACHE_SIZE) > 32 << 10;
+  return large;
+#else
+  return false;
+#endif
+}
+template <class T, int Chains>
+int64_t most_vecs() {  // two chains have groups of 32 terms
+  return least(TileSize<T, Chains>::vecs, Chains == 2 || first_cache_is_large() ? 4 : 3);
+}
+
 // A block is some whole vectors of the lanes, cut into tiles that are as equal as can be.
 template <class T, int Chains>
 struct LaneBlock {
@@ -48,7 +63,7 @@ struct LaneBlock {
     const int64_t all = up(lanes, L);
     first_vec = cut_at(all, blocks, block);
     vecs = cut_at(all, blocks, block + 1) - first_vec;
-    tiles = up(vecs, TileSize<T, Chains>::vecs);
+    tiles = up(vecs, most_vecs<T, Chains>());
   }
   LaneTile tile(int64_t i) const {
     const int64_t from = cut_at(vecs, tiles, i), to = cut_at(vecs, tiles, i + 1);

@@ -189,19 +189,17 @@ inline ConvProblem swapped(const ConvProblem& p) {
   return q;
 }
 
-// The share of the terms whose input is not padding; none if an output reads nothing else.
-inline double share_of_terms_inside(const ConvShape& s) {
-  double share = 1;
-  for (const Axis& a : s.axis) {
-    int64_t inside = 0;
+// Is some input of a term padding, but of no output all of them?
+inline bool can_skip_padding(const ConvShape& s) {
+  bool some = false;
+  for (const Axis& a : s.axis)
     for (int64_t o = 0; o < a.out; ++o) {
-      const int64_t before = inside;
+      int64_t inside = 0;
       for (int64_t k = 0; k < a.kernel; ++k) inside += a.holds_input(a.input_of(o, k));
-      if (inside == before) return 0;
+      if (inside == 0) return false;
+      some = some || inside < a.kernel;
     }
-    share *= double(inside) / double(a.kernel * a.out);
-  }
-  return share;
+  return some;
 }
 
 template <class S>
@@ -222,8 +220,7 @@ bool dense_grad_weight(const ConvProblem& p) {
   }
   // A product of padding and an infinity or a NaN is a NaN: it may be left out only of a finite
   // gradient. One that is not finite shows, since each output reads the image with some tap.
-  const double inside = share_of_terms_inside(s);
-  if (is_half_type<S> || s.group_in() < 16 || inside == 0 || inside > 0.95)
+  if (is_half_type<S> || s.group_in() < 16 || !can_skip_padding(s))
     return multiply_windows<S>(p, false, special);
   const int64_t size[5] = {s.batch, s.out_channels, s.axis[0].out, s.axis[1].out, s.axis[2].out};
   return (multiply_windows<S>(p, true, special) && (!special || all_finite<S>(p.output, size))) ||

@@ -148,9 +148,11 @@ struct Images {
 // what lies side by side in the result are stored as they are.
 template <class S>
 bool has_vectors_of_pixels(const Images<S>& call, const GridAxis (&grid)[3]) {
-  using Size = TileSize<typename Kind<S>::T, Kind<S>::chains>;
-  constexpr int L = Vec<typename Kind<S>::T>::lanes;
-  const int64_t vecs = up(call.lanes, L), tiles = up(vecs, Size::vecs), pixels = grid[2].count;
+  using T = typename Kind<S>::T;
+  using Size = TileSize<T, Kind<S>::chains>;
+  constexpr int L = Vec<T>::lanes;
+  const int64_t vecs = up(call.lanes, L), pixels = grid[2].count;
+  const int64_t tiles = up(vecs, most_vecs<T, Kind<S>::chains>());
   int64_t slots = 0;
   for (int64_t i = 0; i < tiles; ++i)
     slots += most(Size::rows * (cut_at(vecs, tiles, i + 1) - cut_at(vecs, tiles, i)), 8);
@@ -181,7 +183,7 @@ struct Reach {
       count = most(count, a.count);
       first_shift = i == 0 ? a.least_shift() : least(first_shift, a.least_shift());
       last_shift = i == 0 ? a.most_shift() : most(last_shift, a.most_shift());
-      padding = padding || a.reads_padding();
+      padding = padding || (a.reads_padding() && !cut);
     }
     step = grid[0][axis].image_step;
     image_size = grid[0][axis].image_size;
@@ -263,8 +265,9 @@ void each_term(const Images<S>& call, const Taps& taps, int64_t groups, int32_t*
 // to g1 on top of the totals of the earlier ones. `finish` takes the totals of a part's last group.
 template <class S, class T>
 void multiply_lanes(const Images<S>& call, const Phase& phase, const S* weight, LaneTile tile,
-                    int64_t g0, int64_t g1, bool wide, int64_t step, const T* const* row,
-                    const int64_t* rows, T* panel, T* total, const Finish<T>* finish) {
+                    int64_t g0, int64_t g1, bool wide, bool apart, int64_t step,
+                    const T* const* row, const int64_t* rows, T* panel, T* total,
+                    const Finish<T>* finish) {
   using K = Kind<S>;
   const int64_t pitch = (wide ? tile.lanes : tile.vecs) * Vec<T>::lanes;
   for (int64_t g = g0; g < g1; ++g) {
@@ -289,7 +292,7 @@ void multiply_lanes(const Images<S>& call, const Phase& phase, const S* weight, 
                                        closes);
       } else {
         multiply_rows<T, K::chains>(from, rows[i], terms, length, panel, tile.vecs, to, g > 0,
-                                    closes);
+                                    apart, closes);
       }
       here.position += rows[i];
       from += rows[i];
@@ -400,18 +403,22 @@ inline int64_t cost_of(const Cut& d, const Cut& h, const Cut& w, int64_t samples
   return cost;
 }
 
-// Which axes to cut at the padding: those where that saves some of the work. Vectors of pixels are
-// not cut; shorter runs along w cost a little more to store.
+// Which axes to cut at the padding: those where that saves some of the work, or `all` that can be.
+// Vectors of pixels are not cut; shorter runs along w cost a little more to store.
 template <class S>
-void choose_cuts(const Images<S>& call, const GridAxis (&grid)[3], bool wide, Cut (&cut)[3]) {
+void choose_cuts(const Images<S>& call, const GridAxis (&grid)[3], bool wide, bool all,
+                 Cut (&cut)[3]) {
   using T = typename Kind<S>::T;
-  constexpr int64_t lanes = Vec<T>::lanes, tile_rows = TileSize<T, Kind<S>::chains>::rows;
+  constexpr int chains = Kind<S>::chains, lanes = Vec<T>::lanes;
+  const int tile_rows =
+      TileSize<T, chains>::rows_of(LaneBlock<T, chains>(call.lanes, 0, 1).tile(0).vecs);
   const int64_t terms = call.image_channels * grid[0].taps * grid[1].taps * grid[2].taps;
   const int64_t pixels = grid[0].count * grid[1].count * grid[2].count;
   const int64_t samples = most(1, least(call.batch, rows_of_task / most(pixels, 1)));
   const auto cost = [&] {
     return cost_of(cut[0], cut[1], cut[2], samples, wide, lanes, tile_rows);
   };
+  for (int a = 0; a < 3; ++a) cut[a] = Cut(grid[a]);
   int64_t before = cost();
   for (int a = 0; a < (wide ? 2 : 3); ++a) {
     const GridAxis& axis = grid[a];
@@ -421,7 +428,7 @@ void choose_cuts(const Images<S>& call, const GridAxis (&grid)[3], bool wide, Cu
     const int64_t after = cost();
     const int64_t parts = cut[0].count * cut[1].count * cut[2].count;
     if (parts > most_parts || parts * terms > 1 << 17 ||
-        double(after) > (a == 2 ? 0.95 : 0.98) * double(before))
+        (!all && double(after) > (a == 2 ? 0.95 : 0.98) * double(before)))
       cut[a] = Cut(axis);
     else
       before = after;
@@ -448,7 +455,16 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
     most_taps = most(most_taps, taps);
   }
   Cut cut[3] = {Cut(grid[0][0]), Cut(grid[0][1]), Cut(grid[0][2])};
-  if (may_cut && phases == 1) choose_cuts(call, grid[0], wide, cut);
+  // What lies side by side are the terms of a pixel: then rows can be read in place, unless the
+  // pixels lie so far apart that their lines crowd few sets of the first cache.
+  const bool terms_in_place =
+      std::is_same_v<S, T> && phases == 1 && call.image_stride[1] == 1 && !wide;
+  bool taps_in_place = terms_in_place && all_taps > 1 &&
+                       std::llabs(call.image_stride[4]) * int64_t{sizeof(S)} <= pixel_bytes;
+  if (may_cut && phases == 1) choose_cuts(call, grid[0], wide, taps_in_place, cut);
+  for (int a = 0; a < 3; ++a)
+    taps_in_place = taps_in_place && (cut[a].count > 1 || !grid[0][a].reads_padding());
+  if (may_cut && phases == 1 && !taps_in_place) choose_cuts(call, grid[0], wide, false, cut);
   const Reach reach[3] = {Reach(grid, phases, 0, cut[0].count > 1),
                           Reach(grid, phases, 1, cut[1].count > 1),
                           Reach(grid, phases, 2, cut[2].count > 1)};
@@ -499,13 +515,13 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
   // so it is not worth a copy where pixels, or the terms of a pixel, lie side by side.
   const bool pixels_in_place =
       call.image_stride[4] == 1 && (!wide || reach[2].count >= part[3] * L);
-  const bool terms_in_place = call.image_stride[1] == 1 && !wide;
   // Whole images without padding that stay in the cache are as good as a copy.
   const bool whole_images =
       pixels_in_place && boxes == part[0] &&
       box_samples * std::llabs(call.image_stride[0]) * int64_t{sizeof(T)} <= patch_bytes;
-  bool patched = is_half_type<S> || phases > 1 || (all_taps > 1 && !whole_images) ||
-                 reach[2].step > 1 || !(pixels_in_place || terms_in_place);
+  const bool tap_in_place =
+      (all_taps == 1 || whole_images) && reach[2].step == 1 && (pixels_in_place || terms_in_place);
+  bool patched = is_half_type<S> || phases > 1 || !(tap_in_place || taps_in_place);
   int64_t extent = call.image_channels * std::llabs(call.image_stride[1]);
   for (int a = 0; a < 3; ++a) {
     patched = patched || reach[a].padding;
@@ -520,6 +536,9 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
                       (call.image_channels <= K::group || call.image_channels % K::group == 0) &&
                       extent <= INT32_MAX && reach[2].count >= part[3] * L;
   patched = patched && !turned;
+  // Does each row read lines of its own?
+  const bool apart =
+      !patched && terms_in_place && std::llabs(call.image_stride[4]) * int64_t{sizeof(S)} >= 64;
   const int64_t plane =
       box_samples * patch_size[0] * patch_size[1] * patch_size[2] * int64_t{sizeof(T)};
   const int64_t patch_channels =
@@ -777,7 +796,7 @@ bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phase
                         });
                   }
                 for (int k = i; k < i + at_once && !turned; ++k)
-                  multiply_lanes(call, phase[k], weight, tile, g0, g1, wide, step,
+                  multiply_lanes(call, phase[k], weight, tile, g0, g1, wide, apart, step,
                                  row + k * box_rows, rows_of + k * parts, panel,
                                  total + (k - i) * totals_of_phase, finishes ? &finish : nullptr);
                 if (g1 < groups || finishes) {

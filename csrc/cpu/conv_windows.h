@@ -184,10 +184,9 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
   std::atomic<int64_t> blocks_done{0};
   if (work > work_of_task && s.groups < threads && !shared)
     // Few channels would share badly: then vectors of lanes are shared one by one.
-    lane_blocks = most(lane_blocks, least(up(threads, s.groups),
-                                          s.group_in() < 4 * threads
-                                              ? lane_vecs
-                                              : up(lane_vecs, TileSize<T, K::chains>::vecs)));
+    lane_blocks = most(lane_blocks,
+                       least(up(threads, s.groups),
+                             s.group_in() < 4 * threads ? lane_vecs : up(lane_vecs, Size::vecs)));
   const int64_t block_vecs = up(lane_vecs, lane_blocks);
   int64_t block_channels =
       least(patch_channels, total_bytes / (int64_t{sizeof(T)} * block_vecs * L * taps));
@@ -195,7 +194,9 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
   if (work > work_of_task && !shared)
     channel_blocks = most(channel_blocks, least(s.group_in(), up(threads, s.groups * lane_blocks)));
   // Rows that share their terms are better whole tiles.
-  const int64_t unit = least(skip_padding ? TileSize<T, K::chains>::rows : 1, s.group_in());
+  const int tile_rows =
+      Size::rows_of(LaneBlock<T, K::chains>(s.group_out(), 0, lane_blocks).tile(0).vecs);
+  const int64_t unit = least(skip_padding ? tile_rows : 1, s.group_in());
   const auto first_channel = [&](int64_t block) {
     return least(s.group_in(), cut_at(up(s.group_in(), unit), channel_blocks, block) * unit);
   };
@@ -225,7 +226,7 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
           patch_size = (most(patch_size, patch_limit) + 64 * most_bands) * patch_pitch + L;
         }
         const int64_t total_size = most_rows * block_vecs * L;
-        const int64_t panel_size = K::group * L * TileSize<T, K::chains>::vecs;
+        const int64_t panel_size = K::group * L * Size::vecs;
         const int64_t table_size = chunk_groups * K::group;  // of one list
         arena.reset(Arena::bytes_for<T>(total_size) + Arena::bytes_for<T>(panel_size) +
                     Arena::bytes_for<T>(patch_size) + Arena::bytes_for<T>(block_vecs * L) +
@@ -265,8 +266,7 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
           // are whole rows of a panel apart: so many. Zero: they are packed.
           const int64_t panel_row = block.vecs / block.tiles * L;
           const bool in_place = std::is_same_v<S, T> && alike && grad_stride[1] == 1 &&
-                                rows <= TileSize<T, K::chains>::rows &&
-                                block.vecs % block.tiles == 0 &&
+                                rows <= tile_rows && block.vecs % block.tiles == 0 &&
                                 (block.first_vec + block.vecs) * L <= s.group_out() &&
                                 grad_stride[4] % panel_row == 0;
           const int64_t panel_step = in_place ? grad_stride[4] / panel_row : 0;
@@ -405,13 +405,10 @@ bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
                                lane_offset + t + K::group, least(left - K::group, K::group));
                   if constexpr (std::is_same_v<S, T>)
                     if (side_by_side && panel_step == 0 && left >= K::group) {
-                      constexpr int R = Size::rows;
-                      const int64_t tiles = rows / R, rest = tiles * R;
-                      const auto multiply = tile.vecs == 1   ? multiply_runs<T, R, 1>
-                                            : tile.vecs == 2 ? multiply_runs<T, R, 2>
-                                                             : multiply_runs<T, R, Size::vecs>;
-                      multiply(tiles, row[0] + term[t].in_place, layout.channel, K::group, panel,
-                               to, resume);
+                      const int64_t tiles = rows / Size::rows_of(tile.vecs);
+                      const int64_t rest = tiles * Size::rows_of(tile.vecs);
+                      runs_of<T>(tile.vecs)(tiles, row[0] + term[t].in_place, layout.channel,
+                                            K::group, panel, to, resume);
                       const int32_t length[max_chains] = {K::group};
                       if (rest < rows)
                         multiply_rows<T, K::chains>(row + rest, rows - rest, term + t, length,

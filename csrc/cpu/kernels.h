@@ -16,6 +16,8 @@
 #include <new>
 #include <type_traits>
 
+#include <unistd.h>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

@@ -16,9 +16,11 @@ namespace torch_naiveconv::TNC_ISA {
 constexpr int max_chains = 2;
 
 template <class T, int Chains>
-struct TileSize {
-  static constexpr int vecs = Vec<T>::registers == 32 ? 3 : 2;
+struct TileSize {  // at most
+  static constexpr int vecs = Vec<T>::registers == 32 ? 4 : 2;
   static constexpr int rows = (Vec<T>::registers == 32 ? 8 : 6) / Chains;
+  // The chains, the lanes and a row have to fit the registers.
+  static constexpr int rows_of(int64_t some_vecs) { return some_vecs == 4 ? 6 / Chains : rows; }
 
   // Of a wide tile: vectors that go with a number of rows, so that the chains, all lanes and a row,
   // or all rows and a lane, fit the registers: one chain in memory would halve the speed.
@@ -50,8 +52,9 @@ struct Finish {
 // `tiles` of them, one below the other: their pointers follow in `in_place`, their rows in `total`,
 // whose Rows x Vecs vectors a tile begin from +0 unless `resume`, unless `finish` takes them.
 // `length[c]` terms of chain c, chain after chain. `last` is the last pointer of the whole work:
-// what lies ahead is asked for early.
-template <class T, int Chains, int Rows, int Vecs, bool Wide>
+// what lies ahead is asked for early; of rows that are Apart, each in lines of its own, each term
+// asks for another one.
+template <class T, int Chains, int Rows, int Vecs, bool Wide, bool Apart = false>
 void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
                     const int32_t* length, const T* panel, T* total, bool resume,
                     const T* const* last, const Finish<T>* finish) {
@@ -66,6 +69,8 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
   for (; tiles > 0; --tiles, in_place += pointers, total += Rows * Vecs * L) {
     const Term* term = terms;
     const T* const ahead = last - in_place > far * pointers ? in_place[far * pointers] : *last;
+    const T* const* const rows_ahead =
+        in_place + (last - in_place >= far * pointers + 7 ? far * pointers : 0);
     if (!Wide && finish) {
       const int64_t* const next = position + (last - in_place > 3 * pointers ? 2 * pointers : 0);
 #pragma GCC unroll 16
@@ -86,9 +91,12 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
       for (int32_t n = length[c]; n > 0; --n) {
         const int64_t o = term->in_place;
         const T* const packed = panel + term++->packed * int64_t{Wide ? Rows : Vecs * L};
+        if constexpr (Apart)
+          prefetch_near(rows_ahead[n & 7] + o);
+        else
 #pragma GCC unroll 8
-        for (int j = 0; j < (all_lines ? Vecs : 1); ++j)
-          waits ? prefetch(ahead + o + j * L) : prefetch_near(ahead + o + j * L);
+          for (int j = 0; j < (all_lines ? Vecs : 1); ++j)
+            waits ? prefetch(ahead + o + j * L) : prefetch_near(ahead + o + j * L);
         if constexpr (Wide && Rows < Vecs) {
           V row[Rows];
 #pragma GCC unroll 16
@@ -171,17 +179,22 @@ template <class T>
 using Tiles = void (*)(int64_t, const T* const*, const Term*, const int32_t*, const T*, T*, bool,
                        const T* const*, const Finish<T>*);
 
-// The tile of `rows` x `vecs`, 1 <= rows <= TileSize::rows, 1 <= vecs <= TileSize::vecs.
-template <class T, int Chains, int Rows = TileSize<T, Chains>::rows>
-TNC_INLINE Tiles<T> tile_of(int rows, int vecs) {
+// The tile of `rows` x `vecs`, 1 <= rows <= TileSize::rows_of(vecs), 1 <= vecs <= TileSize::vecs.
+// Only of whole tiles it matters whether their rows lie apart.
+template <class T, int Chains, int Vecs = TileSize<T, Chains>::vecs,
+          int Rows = TileSize<T, Chains>::rows_of(Vecs)>
+TNC_INLINE Tiles<T> tile_of(int rows, int vecs, bool apart) {
+  using Size = TileSize<T, Chains>;
+  if constexpr (Vecs > 1) {
+    if (vecs < Vecs) return tile_of<T, Chains, Vecs - 1>(rows, vecs, apart);
+  }
   if constexpr (Rows > 1) {
-    if (rows < Rows) return tile_of<T, Chains, Rows - 1>(rows, vecs);
+    if (rows < Rows) return tile_of<T, Chains, Vecs, Rows - 1>(rows, vecs, apart);
   }
-  if constexpr (TileSize<T, Chains>::vecs == 3) {
-    if (vecs == 3) return multiply_tiles<T, Chains, Rows, 3, false>;
+  if constexpr (Chains == 1 && Rows == Size::rows_of(Vecs)) {
+    if (apart) return multiply_tiles<T, Chains, Rows, Vecs, false, true>;
   }
-  return vecs == 2 ? multiply_tiles<T, Chains, Rows, 2, false>
-                   : multiply_tiles<T, Chains, Rows, 1, false>;
+  return multiply_tiles<T, Chains, Rows, Vecs, false>;
 }
 
 // The widest tile of `rows` rows that has at most `limit` vectors; `vecs` becomes its width, which
@@ -205,14 +218,14 @@ TNC_INLINE Tiles<T> wide_tile_of(int rows, int64_t limit, int& vecs) {
 // total[r] += the group, for all rows; total has `vecs` vectors a row.
 template <class T, int Chains>
 void multiply_rows(const T* const* row, int64_t rows, const Term* terms, const int32_t* length,
-                   const T* panel, int vecs, T* total, bool resume,
+                   const T* panel, int vecs, T* total, bool resume, bool apart = false,
                    const Finish<T>* finish = nullptr) {
-  constexpr int step = TileSize<T, Chains>::rows;
+  const int step = TileSize<T, Chains>::rows_of(vecs);
   const T* const* const last = row + rows - 1;
   Finish<T> here = finish ? *finish : Finish<T>{};
   const auto multiply = [&](int64_t tiles, int64_t tile_rows) {
-    tile_of<T, Chains>(static_cast<int>(tile_rows), vecs)(tiles, row, terms, length, panel, total,
-                                                          resume, last, finish ? &here : nullptr);
+    tile_of<T, Chains>(static_cast<int>(tile_rows), vecs, apart)(
+        tiles, row, terms, length, panel, total, resume, last, finish ? &here : nullptr);
     row += tiles * tile_rows;
     if (finish) here.position += tiles * tile_rows;
     total += tiles * tile_rows * vecs * Vec<T>::lanes;
@@ -342,6 +355,16 @@ void multiply_runs(int64_t tiles, const T* first, int64_t apart, int64_t terms, 
         (resume ? V::load(to) + chain[i][j] : chain[i][j]).store(to);
       }
   }
+}
+
+template <class T>
+TNC_INLINE auto runs_of(int vecs) {
+  using Size = TileSize<T, 1>;
+  if constexpr (Size::vecs == 4) {
+    if (vecs == 4) return multiply_runs<T, Size::rows_of(4), 4>;
+    if (vecs == 3) return multiply_runs<T, Size::rows, 3>;
+  }
+  return vecs == 2 ? multiply_runs<T, Size::rows, 2> : multiply_runs<T, Size::rows, 1>;
 }
 
 }  // namespace torch_naiveconv::TNC_ISA
