@@ -199,18 +199,17 @@ std::pair<IndexType, ScalarType> offset_type(int64_t taps) {
 }
 
 PoolProblem pool_problem(PoolDirection direction, const Tensor& input_like, const Tensor* output,
-                         const Ints& in, const Ints& out, const Ints& kernel, const Ints& stride,
-                         const Ints& padding, const Ints& dilation) {
-  const Geometry geometry(spatial_dims(input_like), stride, padding, dilation);
-  const size_t dims = static_cast<size_t>(geometry.dims);
-  STD_TORCH_CHECK(in.size() == dims && out.size() == dims && kernel.size() == dims,
+                         const Ints& in, const Ints& out, const Ints& window) {
+  const int64_t dims = spatial_dims(input_like);
+  const Geometry geometry(dims, window, dims);
+  STD_TORCH_CHECK(static_cast<int64_t>(in.size()) == dims && in.size() == out.size(),
                   "torch_naiveconv: sizes of the wrong length");
   PoolProblem problem;
   problem.direction = direction;
   problem.dtype = dtype_of(input_like);
   problem.shape.batch = input_like.size(0);
   problem.shape.channels = input_like.size(1);
-  lift(problem.shape.axis, in.data(), out.data(), kernel.data(), geometry);
+  lift(problem.shape.axis, in.data(), out.data(), window.data(), geometry);
   if (output)
     STD_TORCH_CHECK(output->size(0) == input_like.size(0) && output->size(1) == input_like.size(1),
                     "torch_naiveconv: batch or channels differ");
@@ -228,14 +227,13 @@ Ints pooled_size(const Tensor& like, const Ints& spatial) {
   return sizes;
 }
 
-std::tuple<Tensor, Tensor> max_pool(const Tensor& input_any, const Ints& kernel_size,
-                                    const Ints& stride, const Ints& padding, const Ints& dilation,
+std::tuple<Tensor, Tensor> max_pool(const Tensor& input_any, const Ints& window,
                                     const Ints& output_size, StringHandle ties_handle,
                                     StringHandle indices_handle, StringHandle impl_handle) {
   const Name ties(ties_handle), indices(indices_handle), impl(impl_handle);
   const Tensor input = dense(input_any);
-  PoolProblem problem = pool_problem(PoolDirection::forward, input, nullptr, sizes_of(input, 2),
-                                     output_size, kernel_size, stride, padding, dilation);
+  PoolProblem problem =
+      pool_problem(PoolDirection::forward, input, nullptr, sizes_of(input, 2), output_size, window);
   problem.ties = ties_of(ties);
   problem.kind = indices == "none"     ? IndexKind::none
                  : indices == "offset" ? IndexKind::offset
@@ -291,13 +289,11 @@ Tensor set_index(PoolProblem& problem, const Tensor& index_any, const Tensor& li
 }
 
 Tensor max_pool_scatter(const Tensor& grad_any, const Tensor& index_any, const Ints& input_size,
-                        const Ints& kernel_size, const Ints& stride, const Ints& padding,
-                        const Ints& dilation, StringHandle ties_handle, StringHandle impl_handle) {
+                        const Ints& window, StringHandle ties_handle, StringHandle impl_handle) {
   const Name ties(ties_handle), impl(impl_handle);
   const Tensor grad_output = dense(grad_any);
-  PoolProblem problem =
-      pool_problem(PoolDirection::scatter, grad_output, nullptr, input_size,
-                   sizes_of(grad_output, 2), kernel_size, stride, padding, dilation);
+  PoolProblem problem = pool_problem(PoolDirection::scatter, grad_output, nullptr, input_size,
+                                     sizes_of(grad_output, 2), window);
   const Ints sizes = pooled_size(grad_output, input_size);
   const bool by_value = ties_of(ties) > Ties::last;
   const Tensor index =
@@ -311,12 +307,11 @@ Tensor max_pool_scatter(const Tensor& grad_any, const Tensor& index_any, const I
 }
 
 Tensor max_pool_gather(const Tensor& input_any, const Tensor& index_any, const Ints& output_size,
-                       const Ints& kernel_size, const Ints& stride, const Ints& padding,
-                       const Ints& dilation, StringHandle ties_handle, StringHandle impl_handle) {
+                       const Ints& window, StringHandle ties_handle, StringHandle impl_handle) {
   const Name ties(ties_handle), impl(impl_handle);
   const Tensor input = dense(input_any);
-  PoolProblem problem = pool_problem(PoolDirection::gather, input, nullptr, sizes_of(input, 2),
-                                     output_size, kernel_size, stride, padding, dilation);
+  PoolProblem problem =
+      pool_problem(PoolDirection::gather, input, nullptr, sizes_of(input, 2), output_size, window);
   const Ints sizes = pooled_size(input, output_size);
   const bool by_value = ties_of(ties) > Ties::last;
   const Tensor index =

@@ -55,9 +55,10 @@ std::string cpu_pool_rows() { return names_of(pool_rows, pool_row_count); }
 }  // namespace
 
 // `padding` lists hold a (before, after) pair for each spatial axis, the other lists one number.
-// A convolution's `geometry` is stride, padding and dilation end to end: a tiny call feels each
-// list, and that it is int[], not SymInt[]. So 'same' padding with a stride is the one thing whose
-// numbers compilers take as fixed.
+// A convolution's `geometry` is stride, padding and dilation end to end, a pooling's `window` its
+// kernel_size and the same: a tiny call feels each list, and every SymInt in it. Windows may grow
+// with the image; so 'same' padding of a convolution with a stride is the one thing whose numbers
+// compilers take as fixed.
 // `impl` is "auto" or the name of the first table row that may take the call.
 STABLE_TORCH_LIBRARY(torch_naiveconv, m) {
   m.def(
@@ -76,17 +77,15 @@ STABLE_TORCH_LIBRARY(torch_naiveconv, m) {
   // indices: "none" (the second result is empty), "offset" (inside the window, smallest type) or
   // "flat" (int64 position in the input plane).
   m.def(
-      "max_pool(Tensor input, SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, "
-      "int[] dilation, SymInt[] output_size, str ties, str indices, str impl) "
-      "-> (Tensor, Tensor)");
+      "max_pool(Tensor input, SymInt[] window, SymInt[] output_size, str ties, str indices, "
+      "str impl) -> (Tensor, Tensor)");
   // index: what max_pool returned; with ties "all" or "split" the pooled input itself.
   m.def(
-      "max_pool_scatter(Tensor grad_output, Tensor index, SymInt[] input_size, "
-      "SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, int[] dilation, str ties, "
-      "str impl) -> Tensor");
+      "max_pool_scatter(Tensor grad_output, Tensor index, SymInt[] input_size, SymInt[] window, "
+      "str ties, str impl) -> Tensor");
   m.def(
-      "max_pool_gather(Tensor input, Tensor index, SymInt[] output_size, SymInt[] kernel_size, "
-      "SymInt[] stride, SymInt[] padding, int[] dilation, str ties, str impl) -> Tensor");
+      "max_pool_gather(Tensor input, Tensor index, SymInt[] output_size, SymInt[] window, "
+      "str ties, str impl) -> Tensor");
   m.def("max_unpool(Tensor input, Tensor indices, SymInt[] output_size) -> Tensor");
   m.def("max_unpool_gather(Tensor grad_output, Tensor indices) -> Tensor");
   m.def("cpu_conv_rows() -> str");

@@ -178,18 +178,16 @@ struct Geometry {
   int64_t dims;
   const int64_t *stride, *padding, *dilation;
 
-  Geometry(int64_t dims, const Ints& stride, const Ints& padding, const Ints& dilation)
-      : dims(dims), stride(stride.data()), padding(padding.data()), dilation(dilation.data()) {
-    const size_t count = static_cast<size_t>(dims);
-    STD_TORCH_CHECK(
-        stride.size() == count && dilation.size() == count && padding.size() == 2 * count,
-        "torch_naiveconv: expected ", dims, " strides and dilations, ", 2 * dims, " paddings");
-  }
-  // From one list: the three end to end.
-  Geometry(int64_t dims, const Ints& all)
-      : dims(dims), stride(all.data()), padding(stride + dims), dilation(stride + 3 * dims) {
-    STD_TORCH_CHECK(all.size() == static_cast<size_t>(4 * dims), "torch_naiveconv: expected ",
-                    4 * dims, " numbers: strides, paddings and dilations");
+  // The three end to end, behind `ahead` other numbers.
+  Geometry(int64_t dims, const Ints& all, int64_t ahead = 0)
+      : dims(dims),
+        stride(all.data() + ahead),
+        padding(stride + dims),
+        dilation(padding + 2 * dims) {
+    STD_TORCH_CHECK(all.size() == static_cast<size_t>(ahead + 4 * dims),
+                    "torch_naiveconv: expected ", ahead + 4 * dims,
+                    " numbers: ", ahead > 0 ? "kernel sizes, " : "",
+                    "strides, paddings and dilations");
   }
 };
 

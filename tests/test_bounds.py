@@ -97,13 +97,14 @@ def pool_case(draw: random.Random, impl: str) -> None:
     *geometry, size = F._pool_geometry(
         dims, x.shape, kernel, stride, padding, dilation, draw.random() < 0.3
     )
-    output, _ = autograd.max_pool(x, *geometry, size, "first", "none", impl)
+    window = [n for numbers in geometry for n in numbers]
+    output, _ = autograd.max_pool(x, window, size, "first", "none", impl)
     grad = fenced(output.clone(), at_end, kept)
     for kind in ("flat", "offset"):
-        _, index = autograd.max_pool(x, *geometry, size, "first", kind, impl)
+        _, index = autograd.max_pool(x, window, size, "first", kind, impl)
         index = fenced(index, at_end, kept)
-        autograd.max_pool_scatter(grad, index, list(x.shape[2:]), *geometry, "first", impl)
-        autograd.max_pool_gather(x, index, size, *geometry, "first", impl)
+        autograd.max_pool_scatter(grad, index, list(x.shape[2:]), window, "first", impl)
+        autograd.max_pool_gather(x, index, size, window, "first", impl)
 
 
 def main(row: str, seed: int) -> None:

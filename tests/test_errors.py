@@ -134,13 +134,10 @@ def test_hand_made_operator_calls_do_not_read_out_of_bounds():
     )
     assert grad.shape == x.shape and bool(grad.isfinite().all())
     for index in (torch.full((1, 2, 2, 2), 200, dtype=torch.uint8), torch.full((1, 2, 2, 2), 999)):
-        gathered = ops.max_pool_gather(
-            x, index, [2, 2], [2, 2], [2, 2], [0] * 4, [1, 1], "first", "auto"
-        )
+        window = [2] * 4 + [0] * 4 + [1] * 2
+        gathered = ops.max_pool_gather(x, index, [2, 2], window, "first", "auto")
         assert torch.equal(gathered, torch.zeros(1, 2, 2, 2))
-        ops.max_pool_scatter(
-            gathered, index, [4, 4], [2, 2], [2, 2], [0] * 4, [1, 1], "first", "auto"
-        )
+        ops.max_pool_scatter(gathered, index, [4, 4], window, "first", "auto")
     with pytest.raises(RuntimeError, match="no CPU implementation called 'nope'"):
         ops.conv(x, w, None, [1, 1, 0, 0, 0, 0, 1, 1], 1, "nope")
 
@@ -149,6 +146,7 @@ def test_indices_that_a_gradient_needs():
     from torch_naiveconv import ops
 
     x = torch.ones(1, 1, 4, 4, requires_grad=True)
-    out, _ = ops.max_pool(x, [2, 2], [2, 2], [0] * 4, [1, 1], [2, 2], "first", "none", "auto")
+    window = [2] * 4 + [0] * 4 + [1] * 2
+    out, _ = ops.max_pool(x, window, [2, 2], "first", "none", "auto")
     with pytest.raises(RuntimeError, match="indices='none'"):
         out.sum().backward()

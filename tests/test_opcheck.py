@@ -16,13 +16,13 @@ def t(*shape, channels_last=False):
 
 
 CONV = [2, 1, 1, 0, 1, 1, 1, 2]  # stride, padding pairs, dilation
-POOL = ([2, 3], [2, 1], [1, 0, 1, 1], [1, 1])  # kernel_size first
+POOL = [2, 3, 2, 1, 1, 0, 1, 1, 1, 1]  # kernel_size first
 POOLED = [4, 7]  # of a 7 x 7 image
 X, W, B, Y = t(2, 4, 7, 7), t(6, 2, 3, 2), t(6), t(2, 6, 3, 7)
 CL = t(2, 4, 7, 7, channels_last=True)
 P = t(2, 4, *POOLED)
-OFFSET = OPS.max_pool(X.detach(), *POOL, POOLED, "first", "offset", "auto")[1]
-FLAT = OPS.max_pool(X.detach(), *POOL, POOLED, "first", "flat", "auto")[1]
+OFFSET = OPS.max_pool(X.detach(), POOL, POOLED, "first", "offset", "auto")[1]
+FLAT = OPS.max_pool(X.detach(), POOL, POOLED, "first", "flat", "auto")[1]
 
 CASES = {
     "conv": (X, W, B, CONV, 2, "auto"),
@@ -34,19 +34,19 @@ CASES = {
     "conv_grad_weight, channels_last": (Y, X, None, [3, 2], CONV, 2, True, "auto"),
     "conv_grad_weight, resumed": (Y, X, t(6, 2, 3, 2), [3, 2], CONV, 2, False, "auto"),
     "conv_grad_bias": (Y, None, "auto"),
-    "max_pool": (X, *POOL, POOLED, "first", "offset", "auto"),
-    "max_pool, flat": (CL, *POOL, POOLED, "last", "flat", "auto"),
-    "max_pool, split": (X, *POOL, POOLED, "split", "offset", "auto"),
-    "max_pool_scatter": (P, OFFSET, [7, 7], *POOL, "first", "auto"),
-    "max_pool_scatter, flat": (P, FLAT, [7, 7], *POOL, "first", "auto"),
-    "max_pool_scatter, split": (P, X.detach(), [7, 7], *POOL, "split", "auto"),
-    "max_pool_gather": (X, OFFSET, POOLED, *POOL, "first", "auto"),
+    "max_pool": (X, POOL, POOLED, "first", "offset", "auto"),
+    "max_pool, flat": (CL, POOL, POOLED, "last", "flat", "auto"),
+    "max_pool, split": (X, POOL, POOLED, "split", "offset", "auto"),
+    "max_pool_scatter": (P, OFFSET, [7, 7], POOL, "first", "auto"),
+    "max_pool_scatter, flat": (P, FLAT, [7, 7], POOL, "first", "auto"),
+    "max_pool_scatter, split": (P, X.detach(), [7, 7], POOL, "split", "auto"),
+    "max_pool_gather": (X, OFFSET, POOLED, POOL, "first", "auto"),
     "max_unpool": (P, FLAT, [7, 7]),
     "max_unpool_gather": (t(2, 4, 7, 7), FLAT),
 }
 # Without indices there is nothing to differentiate by; and several winners have no index.
 FORWARD_ONLY = {
-    "max_pool, none": (X.detach(), *POOL, POOLED, "first", "none", "auto"),
+    "max_pool, none": (X.detach(), POOL, POOLED, "first", "none", "auto"),
     "cpu_conv_rows": (),
     "cpu_fma_peak": ("generic", False),
     "cpu_pool_rows": (),

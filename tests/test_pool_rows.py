@@ -229,7 +229,7 @@ def test_indices_made_by_hand(shape, kernel, stride, padding, row):
     generator = torch.Generator().manual_seed(0)
     out = ours(torch.zeros(shape), kernel, stride, padding)
     grad = torch.randn(out.shape, generator=generator)
-    rest = [kernel] * dims, [stride] * dims, [padding] * 2 * dims, [1] * dims, "first"
+    window = [kernel] * dims + [stride] * dims + [padding] * 2 * dims + [1] * dims
     for dtype, low, high in [
         (torch.uint8, 0, 256),
         (torch.int16, -9, 200),
@@ -240,13 +240,13 @@ def test_indices_made_by_hand(shape, kernel, stride, padding, row):
             torch.rand(out.shape, generator=generator) < 0.5, index, index % kernel**dims
         )
         for image in (index, index.contiguous(memory_format=FORMATS[index.dim()])):
-            arguments = (grad, image, list(shape[2:]), *rest)
+            arguments = (grad, image, list(shape[2:]), window, "first")
             got = ops.max_pool_scatter(*arguments, row)
             assert_same_bits(got, ops.max_pool_scatter(*arguments, "naive"), dtype)
     far = torch.randint(-(2**62), 2**62, out.shape, generator=generator)
     near = torch.randint(-5, shape[-1] * shape[-2], out.shape, generator=generator)
     for index in (far, near):
-        got = ops.max_pool_scatter(grad, index, list(shape[2:]), *rest, row)
+        got = ops.max_pool_scatter(grad, index, list(shape[2:]), window, "first", row)
         assert got.isfinite().all()
 
 

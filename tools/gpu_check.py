@@ -240,8 +240,8 @@ def pool_layer(layer: tuple[Any, ...]) -> list[dict[str, Any]]:
     pool = [TF.max_pool1d, TF.max_pool2d, TF.max_pool3d][dims - 1]
     out = pool(leaf, k, s, p)
     g = torch.randn_like(out)
-    sizes = [k] * dims, [s] * dims, [p] * (2 * dims), [1] * dims
-    y, index = ops.max_pool(x, *sizes, list(out.shape[2:]), "first", "offset", "auto")
+    window = [k] * dims + [s] * dims + [p] * (2 * dims) + [1] * dims
+    y, index = ops.max_pool(x, window, list(out.shape[2:]), "first", "offset", "auto")
     assert torch.equal(y, out)
     copied = torch.empty_like(x)
     copy = 2 * x.numel() * 4 / seconds(lambda: copied.copy_(x))
@@ -251,11 +251,11 @@ def pool_layer(layer: tuple[Any, ...]) -> list[dict[str, Any]]:
     }
     calls = {
         "forward": (
-            lambda: ops.max_pool(x, *sizes, list(out.shape[2:]), "first", "offset", "auto"),
+            lambda: ops.max_pool(x, window, list(out.shape[2:]), "first", "offset", "auto"),
             lambda: pool(leaf, k, s, p),
         ),
         "backward": (
-            lambda: ops.max_pool_scatter(g, index, list(spatial), *sizes, "first", "auto"),
+            lambda: ops.max_pool_scatter(g, index, list(spatial), window, "first", "auto"),
             lambda: torch.autograd.grad(out, leaf, g, retain_graph=True),
         ),
     }

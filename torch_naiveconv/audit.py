@@ -274,7 +274,8 @@ def _max_pool(given: Mapping[str, Any]) -> Result:
             image = image.narrow(2 + a, low, max(high - low, 0))
             pads += [max(low - start, 0), 0]
         ones = [1] * dims
-        return ops.max_pool(image, kernel, ones, pads, dilation, ones, ties, "none", "naive")[0]
+        window = [*kernel, *ones, *pads, *dilation]
+        return ops.max_pool(image, window, ones, ties, "none", "naive")[0]
 
     return [*x.shape[:2], *out], x.dtype, element
 

@@ -420,10 +420,11 @@ class MaxPool(_Rules):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         input, *ctx.arguments = inputs
-        ctx.input_size = list(input.shape[2:])
+        window, _output_size, ties, _indices, impl = ctx.arguments
+        ctx.scatter = list(input.shape[2:]), window, ties, impl
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)  # else every backward fills zeros as large as the indices
-        chosen = input if ctx.arguments[5] in ("all", "split") else output[1]
+        chosen = input if ties in ("all", "split") else output[1]
         ctx.save_for_backward(chosen)
         ctx.save_for_forward(chosen)
 
@@ -441,23 +442,20 @@ class MaxPool(_Rules):
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
         if grad is None:
             return MaxPool.pad(ctx, None)
-        *geometry, _output_size, ties, _indices, impl = ctx.arguments
-        grad_input = max_pool_scatter(
-            grad, MaxPool.chosen(ctx.saved_tensors), ctx.input_size, *geometry, ties, impl
-        )
-        return MaxPool.pad(ctx, grad_input)
+        chosen = MaxPool.chosen(ctx.saved_tensors)
+        return MaxPool.pad(ctx, max_pool_scatter(grad, chosen, *ctx.scatter))
 
     @staticmethod
     def jvp(ctx: Any, d_input: Tensor, *_: Any) -> Any:
-        *geometry, output_size, ties, _indices, impl = ctx.arguments
+        window, output_size, ties, _indices, impl = ctx.arguments
         chosen = MaxPool.chosen(_primals(ctx))
-        return max_pool_gather(d_input, chosen, output_size, *geometry, ties, impl), None
+        return max_pool_gather(d_input, chosen, output_size, window, ties, impl), None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, input: Any, *arguments: Any) -> Any:
         size = info.batch_size
         output, index = max_pool(_into_batch(input, in_dims[0], size), *arguments)
-        if arguments[6] == "none":
+        if arguments[3] == "none":
             return (_out_of_batch(output, size), index), (0, None)
         return (_out_of_batch(output, size), _out_of_batch(index, size)), (0, 0)
 

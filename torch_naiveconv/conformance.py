@@ -195,21 +195,21 @@ def _outputs(case: Case, impl: str, device: str, channels_last: bool) -> tuple[T
         for axis in range(len(case.size))
         for amount in (case.pad[axis], _pad_after(case, axis))
     ]
-    window = (case.kernel, case.stride, before_after, case.dilation)
+    window = [*case.kernel, *case.stride, *before_after, *case.dilation]
     if case.op == "max_pool":
         input = make(INPUT, input_size)
         several = case.ties in ("all", "split")
         kind = "none" if several else "flat" if case.direction == "forward" else "offset"
-        output, index = ops.max_pool(input, *window, case.out, case.ties, kind, impl)
+        output, index = ops.max_pool(input, window, case.out, case.ties, kind, impl)
         if case.direction == "forward":
             return (output,) if several else (output, index)
         index = input if several else index
         if case.direction == "scatter":
             grad = make(OUTPUT, output_size)
-            return (ops.max_pool_scatter(grad, index, case.size, *window, case.ties, impl),)
+            return (ops.max_pool_scatter(grad, index, case.size, window, case.ties, impl),)
         # `values` has the input's shape, but is another tensor
         values = make(OUTPUT, input_size)
-        return (ops.max_pool_gather(values, index, case.out, *window, case.ties, impl),)
+        return (ops.max_pool_gather(values, index, case.out, window, case.ties, impl),)
     geometry = ([*case.stride, *before_after, *case.dilation], case.groups, impl)
     weight_size = [case.out_channels, case.in_channels // case.groups, *case.kernel]
     total_dtype = str(ops.total_dtype(getattr(torch, case.dtype))).removeprefix("torch.")

@@ -887,9 +887,8 @@ def _max_pool(
         indices = "offset"
     else:
         indices = "none"
-    output, index = autograd.max_pool(
-        input, kernel, stride, padding, dilation, size, ties, indices, row
-    )
+    window = [*kernel, *stride, *padding, *dilation]
+    output, index = autograd.max_pool(input, window, size, ties, indices, row)
     if not batched:
         output = output.squeeze(0)
     if not return_indices:
@@ -1049,14 +1048,12 @@ def max_pool_grad_input(
     if grad_output.device != input.device:
         raise ValueError(f"grad_output is on {grad_output.device}, but input is on {input.device}")
     row = _row("pool", impl, input.device)
+    window = [*kernel, *stride, *padding, *dilation]
     if ties in ("all", "split"):
         chosen = input.to(grad_output.dtype)
     else:
-        geometry = (kernel, stride, padding, dilation, size)
-        chosen = autograd.max_pool(input.detach(), *geometry, ties, "offset", row)[1]
-    return autograd.max_pool_scatter(
-        grad_output, chosen, list(input.shape[2:]), kernel, stride, padding, dilation, ties, row
-    )
+        chosen = autograd.max_pool(input.detach(), window, size, ties, "offset", row)[1]
+    return autograd.max_pool_scatter(grad_output, chosen, list(input.shape[2:]), window, ties, row)
 
 
 # ---- max-unpooling -----------------------------------------------------------------------------

@@ -199,11 +199,11 @@ def _(grad_output, total, impl):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("torch_naiveconv::max_pool")
-def _(input, kernel_size, stride, padding, dilation, output_size, ties, indices, impl):  # type: ignore[no-untyped-def]
+def _(input, window, output_size, ties, indices, impl):  # type: ignore[no-untyped-def]
     size = [input.shape[0], input.shape[1], *output_size]
     channels_last = is_channels_last(input)
     taps = 1
-    for k in kernel_size:
+    for k in window[: len(output_size)]:
         taps = taps * k
     dtype = torch.int64 if indices == "flat" else offset_dtype(taps)
     index = _empty(input, [0] if indices == "none" else size, channels_last, dtype)
@@ -211,13 +211,13 @@ def _(input, kernel_size, stride, padding, dilation, output_size, ties, indices,
 
 
 @torch.library.register_fake("torch_naiveconv::max_pool_scatter")
-def _(grad_output, index, input_size, kernel_size, stride, padding, dilation, ties, impl):  # type: ignore[no-untyped-def]
+def _(grad_output, index, input_size, window, ties, impl):  # type: ignore[no-untyped-def]
     size = [grad_output.shape[0], grad_output.shape[1], *input_size]
     return _empty(grad_output, size, is_channels_last(grad_output))
 
 
 @torch.library.register_fake("torch_naiveconv::max_pool_gather")
-def _(input, index, output_size, kernel_size, stride, padding, dilation, ties, impl):  # type: ignore[no-untyped-def]
+def _(input, index, output_size, window, ties, impl):  # type: ignore[no-untyped-def]
     size = [input.shape[0], input.shape[1], *output_size]
     return _empty(input, size, is_channels_last(input))
 

@@ -2,6 +2,8 @@
 // Every window looks up the one input that it chose. Planes (several channels of one image) go side
 // by side, so that the additions to one input, which wait for each other, do not make all wait.
 #include <algorithm>
+#include <limits>
+#include <memory>
 #include <vector>
 
 #include "max_pool.h"
@@ -77,13 +79,14 @@ class Scatter {
     row_ = width_ * side_;
     span_ = reach(d) * height_ + reach(h) + 1;
     room_ = (span_ - 1) * row_ + reach(w) * step_ + 1;
-    const int64_t budget = (channels_last_ ? 131072 : 24576) / int64_t(sizeof(Total<T>));
-    held_ = std::min(std::max(budget / row_, 2 * span_), rows_ + span_);
     // Windows between two bands are visited twice: bands only where threads would have no plane.
     const int64_t tasks = images_ * groups_, threads = thread_count();
     band_ = threads == 1 || tasks >= 2 * threads ? rows_ : rows_ * tasks / (2 * threads);
     band_ = std::min(std::max(band_, 4 * span_), rows_);
     bands_ = (rows_ + band_ - 1) / band_;
+    // Better a whole plane in the second cache than rows that are moved down in the first.
+    const int64_t budget = (channels_last_ ? 262144 : 24576) / int64_t(sizeof(Total<T>));
+    held_ = std::min(std::max(budget / row_, 2 * span_), bands_ == 1 ? rows_ : band_ + span_);
     list_entries();
   }
 
@@ -100,23 +103,32 @@ class Scatter {
     return true;
   }
 
-  void run() const {
-    parallel_for(images_ * groups_ * bands_, 1 + 8192 / (s_.outputs() * side_ / bands_ + 1),
-                 FloatEnvironment::gradual, [&](int64_t begin, int64_t end) {
-                   std::vector<Total<T>> buffer(static_cast<size_t>(held_ * row_));
-                   for (int64_t task = begin; task < end; ++task) {
-                     const int64_t group = task / bands_;
-                     Band b;
-                     b.n = group / groups_, b.plane = group % groups_ * side_;
-                     b.planes = std::min(side_, planes_ - b.plane);
-                     b.begin = task % bands_ * band_;
-                     b.end = std::min(b.begin + band_, rows_);
-                     scatter(b, buffer.data());
-                   }
-                 });
+  // False: the places of a window are more than an entry can count.
+  bool run() const {
+    if (room_ > std::numeric_limits<Entry>::max()) return false;
+    parallel_for(
+        images_ * groups_ * bands_, 1 + 8192 / (s_.outputs() * side_ / bands_ + 1),
+        FloatEnvironment::gradual, [&](int64_t begin, int64_t end) {
+          const std::unique_ptr<Total<T>[]> buffer(new Total<T>[static_cast<size_t>(held_ * row_)]);
+          for (int64_t task = begin; task < end; ++task) {
+            const int64_t group = task / bands_;
+            Band b;
+            b.n = group / groups_, b.plane = group % groups_ * side_;
+            b.planes = std::min(side_, planes_ - b.plane);
+            b.begin = task % bands_ * band_;
+            b.end = std::min(b.begin + band_, rows_);
+            scatter(b, buffer.get());
+          }
+        });
+    return true;
   }
 
  private:
+  // An offset of a byte needs no test: all 256 are listed.
+  static constexpr bool byte = sizeof(Index) == 1 && !flat;
+  // Short lists of them leave the first cache to the sums.
+  using Entry = std::conditional_t<flat, int64_t, int32_t>;
+
   // Padded rows [begin, end), those of all depths counted together, in some planes.
   struct Band {
     int64_t n, plane, planes, begin, end;
@@ -133,26 +145,25 @@ class Scatter {
   }
 
   // Where an index points to: from the window's first tap, or from the first of the plane. With
-  // offsets of a byte in NCHW, a list for every plane beside the first follows.
+  // offsets of a byte in NCHW, a list for every plane side by side.
   void list_entries() {
     const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
-    entries_.assign(sizeof(Index) == 1 ? 256 : flat ? s_.inputs() : s_.taps(), nowhere);
-    size_t entry = 0;
+    const int64_t lists = byte && !channels_last_ ? abreast : 1;
+    entries_.assign(byte ? lists * 256 : flat ? s_.inputs() : s_.taps(), nowhere);
+    Entry* entry = entries_.data();
     if (flat) {
       for (int64_t id = 0; id < d.in; ++id)
         for (int64_t ih = 0; ih < h.in; ++ih)
           for (int64_t iw = 0; iw < w.in; ++iw)
-            entries_[entry++] = padded(id + d.pad, ih + h.pad, iw + w.pad);
-    } else {
-      for (int64_t kd = 0; kd < d.kernel; ++kd)
-        for (int64_t kh = 0; kh < h.kernel; ++kh)
-          for (int64_t kw = 0; kw < w.kernel; ++kw)
-            entries_[entry++] = padded(kd * d.dilation, kh * h.dilation, kw * w.dilation);
-      if (sizeof(Index) > 1 || channels_last_) return;
-      for (int64_t plane = 1; plane < abreast; ++plane)
-        for (size_t k = 0; k < 256; ++k)
-          entries_.push_back(entries_[k] == nowhere ? nowhere : entries_[k] + plane * pitch_);
+            *entry++ = static_cast<Entry>(padded(id + d.pad, ih + h.pad, iw + w.pad));
+      return;
     }
+    for (int64_t kd = 0; kd < d.kernel; ++kd)
+      for (int64_t kh = 0; kh < h.kernel; ++kh)
+        for (int64_t kw = 0; kw < w.kernel; ++kw, ++entry)
+          for (int64_t plane = 0; plane < lists; ++plane)
+            entry[plane * 256] = static_cast<Entry>(
+                padded(kd * d.dilation, kh * h.dilation, kw * w.dilation) + plane * pitch_);
   }
 
   void scatter(const Band& b, Total<T>* buffer) const {
@@ -188,31 +199,40 @@ class Scatter {
 
   // Padded rows [begin, end) of the buffer, as far as they are inputs of the band.
   void write_rows(const Band& b, int64_t begin, int64_t end, const Total<T>* from) const {
-    const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
+    const Axis &d = s_.axis[0], &h = s_.axis[1];
+    const int64_t low = begin;
+    begin = std::max(begin, b.begin), end = std::min(end, b.end);
+    for (int64_t id = std::max<int64_t>(begin / height_ - d.pad, 0); id < d.in; ++id) {
+      const int64_t top = (id + d.pad) * height_ + h.pad;
+      const int64_t first = std::max(begin, top), last = std::min(end, top + h.in);
+      if (top >= end) return;
+      if (first < last) write_inputs(b, id, first - top, last - top, from + (first - low) * row_);
+    }
+  }
+
+  // Rows [begin, end) of inputs, in NCHW plane after plane: one stream of stores at a time.
+  void write_inputs(const Band& b, int64_t id, int64_t begin, int64_t end,
+                    const Total<T>* from) const {
+    const Axis& w = s_.axis[2];
     const RawView& view = p_.input;
+    const int64_t pixel = view.stride[4];
     const auto write = [](T* __restrict to, const Total<T>* __restrict sums, int64_t count) {
       for (int64_t i = 0; i < count; ++i) to[i] = result_of<T>(sums[i]);
     };
-    for (int64_t r = begin; r < std::min(end, b.end); ++r, from += row_) {
-      const int64_t id = r / height_ - d.pad, ih = r % height_ - h.pad;
-      if (r < b.begin || !d.holds_input(id) || !h.holds_input(ih)) continue;
-      T* const to = static_cast<T*>(view.data) + place(view, b.n, b.plane, id, ih, 0);
-      const Total<T>* const sums = from + w.pad * step_;
-      if (channels_last_ && b.planes == step_ && view.stride[4] == step_)
-        write(to, sums, w.in * step_);
-      else if (channels_last_)
-        for (int64_t i = 0; i < w.in; ++i) {
-          prefetch(to + (i + pixels_ahead) * view.stride[4], b.planes);
-          write(to + i * view.stride[4], sums + i * step_, b.planes);
-        }
-      else if (view.stride[4] == 1)
-        for (int64_t plane = 0; plane < b.planes; ++plane)
-          write(to + plane * view.stride[1], sums + plane * pitch_, w.in);
-      else
-        for (int64_t plane = 0; plane < b.planes; ++plane)
-          for (int64_t i = 0; i < w.in; ++i)
-            to[plane * view.stride[1] + i * view.stride[4]] =
-                result_of<T>(sums[plane * pitch_ + i]);
+    for (int64_t plane = 0; plane < (channels_last_ ? 1 : b.planes); ++plane) {
+      T* to = static_cast<T*>(view.data) + place(view, b.n, b.plane + plane, id, begin, 0);
+      const Total<T>* sums = from + w.pad * step_ + plane * pitch_;
+      for (int64_t ih = begin; ih < end; ++ih, to += view.stride[3], sums += row_) {
+        if (channels_last_ ? b.planes == step_ && pixel == step_ : pixel == 1)
+          write(to, sums, w.in * step_);
+        else if (channels_last_)
+          for (int64_t i = 0; i < w.in; ++i) {
+            prefetch(to + (i + pixels_ahead) * pixel, b.planes);
+            write(to + i * pixel, sums + i * step_, b.planes);
+          }
+        else
+          for (int64_t i = 0; i < w.in; ++i) to[i * pixel] = result_of<T>(sums[i]);
+      }
     }
   }
 
@@ -220,78 +240,96 @@ class Scatter {
   // `first` the same in the plane.
   void add_row(const Band& b, int64_t od, int64_t oh, Total<T>* to, int64_t first) const {
     const RawView &g = p_.output, &x = p_.index;
-    using One = std::integral_constant<int64_t, 1>;
+    const Axis& w = s_.axis[2];
     const T* const grad = static_cast<const T*>(g.data) + place(g, b.n, b.plane, od, oh, 0);
     const Index* const index =
         static_cast<const Index*>(x.data) + place(x, b.n, b.plane, od, oh, 0);
-    if (channels_last_)
-      for (int64_t ow = 0; ow < s_.axis[2].out; ++ow) {
-        prefetch(grad + (ow + pixels_ahead) * g.stride[4], b.planes);
-        prefetch(index + (ow + pixels_ahead) * x.stride[4], b.planes);
-        add(One{}, b.planes, grad + ow * g.stride[4], index + ow * x.stride[4],
-            to + ow * s_.axis[2].stride * step_, first + ow * s_.axis[2].stride * step_, 0, One{},
-            0, One{}, 0, One{});
-      }
-    else if (sizeof(Index) == 1 && !flat && b.planes == abreast && g.stride[4] == 1 &&
-             x.stride[4] == 1 && g.stride[1] == x.stride[1])
-      add_abreast(grad, index, to, g.stride[1]);
-    else
-      add(s_.axis[2].out, b.planes, grad, index, to, first, g.stride[4], g.stride[1], x.stride[4],
-          x.stride[1], s_.axis[2].stride, pitch_);
+    const Lookup lookup{entries_.data(), entries_.size(), static_cast<uint64_t>(room_)};
+    if (byte && !channels_last_ && b.planes == abreast && g.stride[4] == 1 && x.stride[4] == 1 &&
+        g.stride[1] == x.stride[1])
+      return add_abreast(lookup, grad, index, to, g.stride[1]);
+    if (!channels_last_) return add_planes(lookup, b.planes, grad, index, to, first);
+    for (int64_t ow = 0; ow < w.out; ++ow) {
+      const T* const grads = grad + ow * g.stride[4];
+      const Index* const indices = index + ow * x.stride[4];
+      prefetch(grads + pixels_ahead * g.stride[4], b.planes);
+      prefetch(indices + pixels_ahead * x.stride[4], b.planes);
+      const int64_t step = ow * w.stride * step_;
+      add_pixel(lookup, b.planes, grads, indices, to + step, first + step);
+    }
   }
 
-  // A row of windows with offsets of a byte, planes side by side: in two halves, for which the
-  // processor has registers enough.
-  void add_abreast(const T* grad, const Index* index, Total<T>* to, int64_t pitch) const {
-    const int64_t* const entries = entries_.data();
+  // Adds to the sum that a window chose; `to` and `first` as above, for this window.
+  struct Lookup {
+    const Entry* entries;
+    uint64_t size, room;
+
+    void add(T grad, Index index, Total<T>* to, int64_t first) const {
+      const uint64_t entry = static_cast<uint64_t>(index);
+      if (!byte && entry >= size) return;
+      const int64_t behind = entries[entry] - (flat ? first : 0);
+      if (flat ? static_cast<uint64_t>(behind) >= room : behind < 0) return;
+      to[behind] = sum_of<T>(to[behind], grad);
+    }
+  };
+
+  // A window in planes whose sums lie next to each other.
+  void add_pixel(const Lookup& lookup, int64_t planes, const T* grad, const Index* index,
+                 Total<T>* to, int64_t first) const {
+    for (; planes >= abreast; planes -= abreast, grad += abreast, index += abreast, to += abreast)
+#pragma GCC unroll 8
+      for (int64_t plane = 0; plane < abreast; ++plane)
+        lookup.add(grad[plane], index[plane], to + plane, first);
+    for (int64_t plane = 0; plane < planes; ++plane)
+      lookup.add(grad[plane], index[plane], to + plane, first);
+  }
+
+  // A row of windows, planes side by side.
+  void add_planes(const Lookup lookup, int64_t planes, const T* grad, const Index* index,
+                  Total<T>* to, int64_t first) const {
+    const int64_t windows = s_.axis[2].out, step = s_.axis[2].stride, pitch = pitch_;
+    const int64_t g_step = p_.output.stride[4], g_pitch = p_.output.stride[1];
+    const int64_t x_step = p_.index.stride[4], x_pitch = p_.index.stride[1];
+    for (int64_t ow = 0; ow < windows; ++ow) {
+#pragma GCC unroll 8
+      for (int64_t plane = 0; plane < planes; ++plane)
+        lookup.add(grad[plane * g_pitch], index[plane * x_pitch], to + plane * pitch, first);
+      grad += g_step, index += x_step, to += step, first += step;
+    }
+  }
+
+  // A row of windows with offsets of a byte, planes side by side. The compiler is not to see that
+  // one distance is thrice the other: it would keep every multiple, and run out of registers.
+  void add_abreast(const Lookup& lookup, const T* grad, const Index* index, Total<T>* to,
+                   int64_t pitch) const {
     const int64_t windows = s_.axis[2].out, step = s_.axis[2].stride;
     for (int64_t plane = abreast; plane < 2 * abreast; ++plane) {
       prefetch(grad + plane * pitch, windows);
       prefetch(index + plane * pitch, windows);
     }
-    for (int64_t ow = 0; ow < windows; ++ow, ++grad, ++index, to += step) {
-#pragma GCC unroll 2
-      for (int64_t half = 0; half < abreast; half += abreast / 2) {
-        const T* const grads = grad + half * pitch;
-        const Index* const indices = index + half * pitch;
-#pragma GCC unroll 4
-        for (int64_t plane = 0; plane < abreast / 2; ++plane) {
-          const int64_t behind = entries[(half + plane) * 256 + int64_t(indices[plane * pitch])];
-          if (behind != nowhere) to[behind] = sum_of<T>(to[behind], grads[plane * pitch]);
-        }
-      }
+    const T* grads = grad + 4 * pitch;
+    const Index* indices = index + 4 * pitch;
+    const int64_t thrice = 3 * pitch;
+    for (int64_t ow = 0; ow < windows; ++ow, ++grad, ++index, ++grads, ++indices, to += step) {
+      int64_t one = pitch, three = thrice;
+      __asm__("" : "+r"(one), "+r"(three));
+      const auto add = [&](int64_t list, const T* g, const Index* x) {
+        Lookup{lookup.entries + list * 256, 256, lookup.room}.add(*g, *x, to, 0);
+      };
+      add(0, grad, index), add(1, grad + one, index + one);
+      add(2, grad + 2 * one, index + 2 * one), add(3, grad + three, index + three);
+      add(4, grads, indices), add(5, grads + one, indices + one);
+      add(6, grads + 2 * one, indices + 2 * one), add(7, grads + three, indices + three);
     }
   }
 
-  // Windows along a row times planes; their steps are constants where they are known.
-  template <class Windows, class Count, class GStep, class GPitch, class XStep, class XPitch,
-            class Step, class Pitch>
-  void add(Windows windows, Count planes, const T* grad, const Index* index, Total<T>* to,
-           int64_t first, GStep g_step, GPitch g_pitch, XStep x_step, XPitch x_pitch, Step step,
-           Pitch pitch) const {
-    const int64_t* const entries = entries_.data();
-    const uint64_t size = entries_.size(), room = static_cast<uint64_t>(room_);
-    for (int64_t ow = 0; ow < windows; ++ow) {
-#pragma GCC unroll 8
-      for (int64_t plane = 0; plane < planes; ++plane) {
-        const uint64_t entry = static_cast<uint64_t>(index[plane * x_pitch]);
-        if (sizeof(Index) > 1 && entry >= size) continue;
-        const uint64_t behind = static_cast<uint64_t>(entries[entry] - (flat ? first : 0));
-        if (behind >= room) continue;
-        Total<T>& sum = to[static_cast<int64_t>(behind) + plane * pitch];
-        sum = sum_of<T>(sum, grad[plane * g_pitch]);
-      }
-      grad += g_step, index += x_step, to += step, first += step;
-    }
-  }
-
-  static constexpr int64_t nowhere = int64_t{1} << 60;
+  static constexpr int64_t nowhere = -1;
   static constexpr int64_t abreast = 8;  // planes of NCHW
-  static constexpr int64_t pixels_ahead = 8;
+  static constexpr int64_t pixels_ahead = 4;
 
   const PoolProblem& p_;
   const PoolShape& s_;
-  std::vector<int64_t> entries_;
+  std::vector<Entry> entries_;
   bool channels_last_;
   int64_t images_, planes_, side_, groups_;
   int64_t width_, height_, rows_, step_, pitch_, row_;  // of the padded plane
@@ -355,8 +393,7 @@ bool run_pool_by_index(const PoolProblem& p) {
       using Index = decltype(index);
       const auto scatter = [&](auto flat) {
         using Map = Scatter<T, Index, decltype(flat)::value>;
-        done = Map::fits(p.shape);
-        if (done) Map(p).run();
+        done = Map::fits(p.shape) && Map(p).run();
       };
       if (p.direction == PoolDirection::gather)
         gather<T, Index>(p);
