@@ -172,28 +172,29 @@ class Conv(_Rules):
     tensors = 3
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        # As all rules do, without asking each argument what it is: a tiny call feels that.
+        input, weight, bias, *ctx.arguments = inputs
+        ctx.save_for_backward(input, weight, bias)
+        ctx.save_for_forward(input, weight, bias)
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        input, weight, bias = ctx.saved_tensors
+        input, weight, _bias = ctx.saved_tensors
         geometry, groups, impl = ctx.arguments
-        needs = ctx.needs_input_grad
+        needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         grad_input = grad_weight = grad_bias = None
-        if needs[0]:
-            size = list(input.shape[2:])
+        if needs_input:
+            size = input.shape[2:]
             grad_input = conv_grad_input(grad, weight, None, size, geometry, groups, impl)
-        if needs[1]:
+        if needs_weight:
+            size, channels_last = weight.shape[2:], ops.is_channels_last(weight)
             grad_weight = conv_grad_weight(
-                grad,
-                input,
-                None,
-                list(weight.shape[2:]),
-                geometry,
-                groups,
-                ops.is_channels_last(weight),
-                impl,
+                grad, input, None, size, geometry, groups, channels_last, impl
             )
-        if bias is not None and needs[2]:
+        if needs_bias:
             grad_bias = conv_grad_bias(grad, None, impl)
-        return Conv.pad(ctx, grad_input, grad_weight, grad_bias)
+        return grad_input, grad_weight, grad_bias, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, d_input: Any, d_weight: Any, d_bias: Any, *_: Any) -> Tensor | None:

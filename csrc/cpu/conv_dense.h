@@ -12,10 +12,10 @@
 // patch) of the few channels in work. Lanes come from panels of one group of terms.
 //
 // Start reading at run_dense, at the end; multiply_images (conv_pixels.h) and multiply_windows
-// (conv_windows.h) are the loops.
+// (conv_windows.h) are the loops, and multiply_tiny (conv_tiny.h) for calls of few products.
 #pragma once
 
-#include "conv_pixels.h"
+#include "conv_tiny.h"
 #include "conv_windows.h"
 
 namespace torch_naiveconv::TNC_ISA {
@@ -83,6 +83,8 @@ bool dense_forward(const ConvProblem& p) {
   bool special = false;
   const int64_t size[5] = {s.out_channels, s.group_in(), s.axis[0].kernel, s.axis[1].kernel,
                            s.axis[2].kernel};
+  if constexpr (can_be_tiny<S>)
+    if (multiply_tiny(call, grid, special)) return true;
   if (!multiply_images(call, &grid, 1, true, special)) return false;
   return !special || all_finite<S>(p.weight, size) ||
          multiply_images(call, &grid, 1, false, special);
@@ -153,6 +155,8 @@ bool dense_grad_input(const ConvProblem& p) {
         store_bias(part, all);
       }
       const bool done = each_phase(s, [&](const GridAxis(&grid)[3]) {
+        if constexpr (can_be_tiny<S>)
+          if (multiply_tiny(part, grid, special)) return true;
         return multiply_images(part, &grid, 1, true, special);
       });
       if (!done) return false;

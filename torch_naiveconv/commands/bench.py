@@ -259,10 +259,11 @@ def medians(calls: Sequence[Call], rounds: int) -> list[float]:
     repeats = []
     for call in calls:
         call()
-        start = time.perf_counter()
-        call()
-        once = time.perf_counter() - start
-        repeats.append(max(1, round(SECONDS_PER_SAMPLE / max(once, 1e-7))))
+        count, start = 0, time.perf_counter()
+        while count == 0 or time.perf_counter() - start < SECONDS_PER_SAMPLE:
+            call()
+            count += 1
+        repeats.append(count)
     samples: list[list[float]] = [[] for _ in calls]
     for turn in range(rounds):
         order = range(len(calls)) if turn % 2 == 0 else reversed(range(len(calls)))
