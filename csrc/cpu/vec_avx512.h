@@ -38,47 +38,23 @@ struct Vec<float> {
     return {_mm512_or_ps(_mm512_castsi512_ps(low), load(odd).v)};
   }
 
-  // Pairs of 32 words, as interleaving leaves them: four to `first`, four to `second`, in turn; and
-  // what has taken turns so back in order.
-  static TNC_INLINE void weave(const BFloat16* even, const BFloat16* odd, float* first,
-                               float* second) {
-    const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
-    _mm512_storeu_si512(first, _mm512_unpacklo_epi16(a, b));
-    _mm512_storeu_si512(second, _mm512_unpackhi_epi16(a, b));
+  // 32 words: all from memory, or `some` of them and the others from `rest`.
+  using Words = __m512i;
+  static TNC_INLINE Words load_words(const BFloat16* p) { return _mm512_loadu_si512(p); }
+  static TNC_INLINE Words merge_words(Words rest, uint32_t some, const BFloat16* p) {
+    return _mm512_mask_loadu_epi16(rest, some, p);
   }
-  // 16 pairs: those of run r's columns from source + at[r], at the offsets `even` and `odd`; a
-  // negative one stands for zeros.
-  template <int Runs>
-  static TNC_INLINE void merge_pairs(const BFloat16* source, const int64_t* at,
-                                     const uint32_t* columns, int64_t even, int64_t odd,
-                                     float* to) {
-    __m256i a = _mm256_setzero_si256(), b = a;
-#pragma GCC unroll 3
-    for (int r = 0; r < Runs; ++r) {
-      const uint32_t some = columns[r];
-      a = _mm256_mask_loadu_epi16(a, static_cast<__mmask16>(even < 0 ? 0 : some),
-                                  source + (at[r] + even));
-      b = _mm256_mask_loadu_epi16(b, static_cast<__mmask16>(odd < 0 ? 0 : some),
-                                  source + (at[r] + odd));
-    }
-    const __m512i low = _mm512_cvtepu16_epi32(a), high = _mm512_cvtepu16_epi32(b);
-    _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  static TNC_INLINE void store_words(Words words, BFloat16* p) { _mm512_storeu_si512(p, words); }
+  // Pairs of 32 words, as interleaving leaves them: four to `first`, four to `second`, in turn. Of
+  // 32 numbers that took turns so, those in order from number i on.
+  static TNC_INLINE void weave(Words even, Words odd, float* first, float* second) {
+    _mm512_storeu_si512(first, _mm512_unpacklo_epi16(even, odd));
+    _mm512_storeu_si512(second, _mm512_unpackhi_epi16(even, odd));
   }
-  // 32 words: those of run r's from source + at[r].
-  template <int Runs>
-  static TNC_INLINE void merge_words(const BFloat16* source, const int64_t* at,
-                                     const uint32_t* words, BFloat16* to) {
-    __m512i a = _mm512_setzero_si512();
-#pragma GCC unroll 3
-    for (int r = 0; r < Runs; ++r) a = _mm512_mask_loadu_epi16(a, words[r], source + at[r]);
-    _mm512_storeu_si512(to, a);
-  }
-  static TNC_INLINE void unweave(float* first, float* second) {
+  static TNC_INLINE Vec unwoven(const float* first, const float* second, int i) {
     const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    const __m512 a = _mm512_loadu_ps(first), b = _mm512_loadu_ps(second);
-    _mm512_storeu_ps(first, _mm512_permutex2var_ps(a, low, b));
-    _mm512_storeu_ps(second, _mm512_permutex2var_ps(a, high, b));
+    const __m512i order = _mm512_add_epi32(low, _mm512_set1_epi32(i / 2));
+    return {_mm512_permutex2var_ps(_mm512_loadu_ps(first), order, _mm512_loadu_ps(second))};
   }
 
   TNC_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
