@@ -207,6 +207,16 @@ struct Run {
   uint32_t some;
 };
 
+// Adds `length` columns from `column` on, which begin at `at`, to the runs [first, last).
+inline void add_run(Run* run, int32_t first, int32_t& last, int64_t column, int64_t length,
+                    int64_t at) {
+  const uint32_t some = ~uint32_t{0} >> (depth - length) << column;
+  if (first < last && run[last - 1].at == at - column)
+    run[last - 1].some |= some;
+  else
+    run[last++] = {at - column, some};
+}
+
 // Finds the runs of [first, last), each 32 pixels' from first_run[i] to first_run[i + 1]. Calls
 // visit(pixel, length, sample, position) for pieces of them.
 template <class Visit>
@@ -226,11 +236,7 @@ void find_runs(const GridAxis (&grid)[3], const Pieces& pieces, const Layout& la
       for (int a = 0; a < 3; ++a)
         from += (at[a] - (layout.patched ? box.from[a] : 0)) * layout.pixel[a];
       if (column == 0) first_run[pixel / depth] = runs;
-      const uint32_t some = ~uint32_t{0} >> (depth - length) << column;
-      if (column != 0 && run[runs - 1].at == from - column)
-        run[runs - 1].some |= some;
-      else
-        run[runs++] = {from - column, some};
+      add_run(run, first_run[pixel / depth], runs, column, length, from);
       visit(pixel, length, n, at);
       number += length;
       at[2] += length;

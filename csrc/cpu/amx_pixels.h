@@ -101,6 +101,8 @@ bool multiply_grid(const Images<BFloat16>& call, const GridAxis (&exact)[3], con
   while (whole < groups * depth && offset[whole] >= 0) ++whole;
   whole /= depth;
 
+  const bool along_rows = !merged && grid[2].step * call.target_stride[4] == 1;
+
   const int64_t tasks = weights.groups * row_blocks * boxes;
   parallel_for(tasks, 1, FloatEnvironment::flush, [&](int64_t begin, int64_t end) {
     Arena& arena = task_arena();
@@ -109,9 +111,9 @@ bool multiply_grid(const Images<BFloat16>& call, const GridAxis (&exact)[3], con
     const int64_t total_size = (chunk < groups ? block_tiles : 2) * pitch * tile_totals + side;
     arena.reset(
         Arena::bytes_for<BFloat16>(panel_size) + Arena::bytes_for<BFloat16>(patch_size) +
-        Arena::bytes_for<float>(total_size) + Arena::bytes_for<Run>(box_pixels) +
-        Arena::bytes_for<int32_t>(box_pixels / depth + 1) + Arena::bytes_for<int64_t>(box_pixels) +
-        Arena::bytes_for<float>(block_tiles * side) +
+        Arena::bytes_for<float>(total_size) + 2 * Arena::bytes_for<Run>(box_pixels) +
+        2 * Arena::bytes_for<int32_t>(box_pixels / depth + 1) +
+        Arena::bytes_for<int64_t>(box_pixels) + Arena::bytes_for<float>(block_tiles * side) +
         Arena::bytes_for<int64_t>(block_tiles * side) +
         Arena::bytes_for<uint8_t>(block_tiles * side) + Arena::bytes_for<uint8_t>(box_pixels));
     BFloat16* const panel = arena.take<BFloat16>(panel_size);
@@ -119,6 +121,8 @@ bool multiply_grid(const Images<BFloat16>& call, const GridAxis (&exact)[3], con
     float* const totals = arena.take<float>(total_size);
     Run* const run = arena.take<Run>(box_pixels);
     int32_t* const first_run = arena.take<int32_t>(box_pixels / depth + 1);
+    Run* const target_run = arena.take<Run>(box_pixels);
+    int32_t* const first_target = arena.take<int32_t>(box_pixels / depth + 1);
     int64_t* const position = arena.take<int64_t>(box_pixels);
     float* const bias = arena.take<float>(block_tiles * side);
     int64_t* const channel_at = arena.take<int64_t>(block_tiles * side);
@@ -158,6 +162,7 @@ bool multiply_grid(const Images<BFloat16>& call, const GridAxis (&exact)[3], con
         channel_at[r] += channel * call.target_stride[1];
       }
 
+      int32_t target_runs = 0;
       find_runs(grid, pieces, layout, call.image_stride[0], piece_length, first, last, run,
                 first_run, [&](int64_t pixel, int64_t length, int64_t n, const int64_t* where) {
                   int64_t to = n * call.target_stride[0];
@@ -165,12 +170,18 @@ bool multiply_grid(const Images<BFloat16>& call, const GridAxis (&exact)[3], con
                     to += (grid[a].first + where[a] * grid[a].step) * call.target_stride[a + 2];
                   const int edge = (where[0] + 1 == grid[0].count) | (where[1] + 1 == grid[1].count)
                                                                          << 1;
+                  const int64_t column = pixel % depth, some = least(length, width - where[2]);
+                  if (column == 0) first_target[pixel / depth] = target_runs;
+                  if (some > 0)
+                    add_run(target_run, first_target[pixel / depth], target_runs, column, some, to);
                   for (int64_t i = 0; i < length; ++i) {
                     position[pixel + i] = to + i * grid[2].step * call.target_stride[4];
                     column_bits[pixel + i] =
                         static_cast<uint8_t>(edge | (where[2] + i + 1 == width) << 2);
                   }
                 });
+
+      first_target[tiles / 2] = target_runs;
 
       for (int64_t g0 = 0; g0 < groups; g0 += chunk) {
         const int64_t g1 = least(groups, g0 + chunk);
@@ -213,17 +224,29 @@ bool multiply_grid(const Images<BFloat16>& call, const GridAxis (&exact)[3], con
               if (i > tile0)
                 multiply(NoPack{});
               else
-                with_gather(std::max(gather_of(begin[0], end[0]), gather_of(begin[1], end[1])),
-                            [&](auto n) {
-                              const Gather<n> gather[] = {{begin[0], end[0]}, {begin[1], end[1]}};
-                              multiply([&](int64_t g, int64_t place) {
-                                for (int64_t y = 0; y < pairs; ++y)
-                                  pack_columns(columns + (2 * y * kept_groups + place) * tile_words,
-                                               from_columns.tile, gather[y], source, origin,
-                                               offset + (g0 + g) * depth, g0 + g < whole);
-                              });
-                            });
+                with_gather(
+                    std::max(gather_of(begin[0], end[0]), gather_of(begin[1], end[1])),
+                    [&](auto n) {
+                      const Gather<n> gather[] = {{begin[0], end[0]}, {begin[1], end[1]}};
+                      multiply([&](int64_t g, int64_t place) __attribute__((always_inline)) {
+                        for (int64_t y = 0; y < pairs; ++y)
+                          pack_columns(columns + (2 * y * kept_groups + place) * tile_words,
+                                       from_columns.tile, gather[y], source, origin,
+                                       offset + (g0 + g) * depth, g0 + g < whole);
+                      });
+                    });
               if (g1 < groups) continue;
+              for (int64_t x = 0; x < some_tiles && along_rows; ++x)
+                for (int64_t y = 0; y < pairs; ++y) {
+                  const int64_t r = (i + x - tile0) * side;
+                  const float* const pair = total + (x * pitch + 2 * y) * tile_totals;
+                  const int32_t* const of_pair = first_target + j / 2 + y;
+                  task_nan |=
+                      store_runs(pair, pair + tile_totals, static_cast<int>(least(rows - r, side)),
+                                 bias + r, call.target, channel_at + r, target_run + of_pair[0],
+                                 target_run + of_pair[1]);
+                }
+              if (along_rows) continue;
               for (int64_t x = 0; x < some_tiles; ++x)
                 for (int64_t y = 0; y < column_tiles; ++y) {
                   const int64_t r = (i + x - tile0) * side, c = (j + y) * side;

@@ -6,22 +6,27 @@
 
 namespace torch_naiveconv::TNC_ISA {
 
-// 32 words: those of each run at their place from `from`. One run has all of them; else there are
-// at most so many, or any number.
-constexpr int any_number = 5;
-template <int Runs>
+// 32 words: those of each run at their place from `from`. How many runs there are is known to the
+// compiler, if they are few.
+enum GatherOf { whole_run, two_halves, at_most_2, at_most_3, at_most_4, any_number };
+
+template <int Of>
 struct Gather {
   using V = Vec<float>;
-  Run run[Runs];
+  static constexpr int most_runs = Of == whole_run ? 1 : Of == two_halves ? 2 : Of;
+  Run run[most_runs];
 
   Gather(const Run* first, const Run* last) {
-    for (int r = 0; r < Runs; ++r) run[r] = first + r < last ? first[r] : Run{first->at, 0};
+    for (int r = 0; r < most_runs; ++r) run[r] = first + r < last ? first[r] : Run{first->at, 0};
   }
   TNC_INLINE V::Words operator()(const BFloat16* from) const {
-    if constexpr (Runs == 1) return V::load_words(from + run[0].at);
+    if constexpr (Of == whole_run) return V::load_words(from + run[0].at);
+    if constexpr (Of == two_halves)
+      return V::load_halves(from + run[0].at, from + (run[1].at + side));
     V::Words words{};
 #pragma GCC unroll 4
-    for (int r = 0; r < Runs; ++r) words = V::merge_words(words, run[r].some, from + run[r].at);
+    for (int r = 0; r < most_runs; ++r)
+      words = V::merge_words(words, run[r].some, from + run[r].at);
     return words;
   }
 };
@@ -37,17 +42,20 @@ struct Gather<any_number> {
     return words;
   }
 };
-inline int gather_of(const Run* run, const Run* run_end) {
-  const int runs = static_cast<int>(least(run_end - run, any_number));
-  return runs == 1 && run->some != ~uint32_t{0} ? 2 : runs;
+inline GatherOf gather_of(const Run* run, const Run* run_end) {
+  constexpr uint32_t half = 0xffff;
+  if (run->some == ~uint32_t{0}) return whole_run;
+  if (run_end - run == 2 && run[0].some == half && run[1].some == half << side) return two_halves;
+  return static_cast<GatherOf>(most(at_most_2, least(run_end - run, any_number)));
 }
-// Calls visit(runs) with a constant.
+// Calls visit(of) with a constant.
 template <class Visit>
-void with_gather(int runs, const Visit& visit) {
-  if (runs == 1) return visit(std::integral_constant<int, 1>{});
-  if (runs == 2) return visit(std::integral_constant<int, 2>{});
-  if (runs == 3) return visit(std::integral_constant<int, 3>{});
-  if (runs == 4) return visit(std::integral_constant<int, 4>{});
+void with_gather(GatherOf of, const Visit& visit) {
+  if (of == whole_run) return visit(std::integral_constant<int, whole_run>{});
+  if (of == two_halves) return visit(std::integral_constant<int, two_halves>{});
+  if (of == at_most_2) return visit(std::integral_constant<int, at_most_2>{});
+  if (of == at_most_3) return visit(std::integral_constant<int, at_most_3>{});
+  if (of == at_most_4) return visit(std::integral_constant<int, at_most_4>{});
   visit(std::integral_constant<int, any_number>{});
 }
 
@@ -154,19 +162,6 @@ inline bool store_rows_of_tile(const float* total, int64_t rows, int64_t columns
 template <class D, class Totals>
 bool store_tile(const Totals& total, int rows, int columns, const float* bias, D* to,
                 const int64_t* row_at, const int64_t* column_at) {
-  using V = Vec<float>;
-  constexpr int L = V::lanes;
-  const int along_row = run_length(column_at, columns);
-  if (along_row == side) {
-    auto nan = is_nan(V::zero());
-    for (int r = 0; r < rows; ++r)
-      for (int c = 0; c < side; c += L) {
-        const V sum = total(r, c) + V::broadcast(bias[r]);
-        nan = V::either(nan, is_nan(sum));
-        stored_as<D>(sum).store(to + row_at[r] + column_at[0] + c);
-      }
-    return V::any(nan);
-  }
   if constexpr (is_half_type<D>) {
     if (rows > 1 && run_length(row_at, rows) == rows) {  // columns lie along the memory
       alignas(64) float turned[side * side];
@@ -176,18 +171,23 @@ bool store_tile(const Totals& total, int rows, int columns, const float* bias, D
   }
   alignas(64) D rounded[side][side];
   const bool nan = round_tile(rounded, total, rows, columns, bias);
-  if constexpr (is_half_type<D>) {
-    if (columns > 1 && along_row >= 2) {  // rows lie along the memory
-      for (int c = 0, length = along_row; c < columns;
-           c += length, length = run_length(column_at + c, columns - c))
-        for (int r = 0; r < rows; ++r)
-          copy_words(to + row_at[r] + column_at[c], rounded[r] + c, length);
-      return nan;
-    }
-  }
   for (int r = 0; r < rows; ++r)
     for (int c = 0; c < columns; ++c) to[row_at[r] + column_at[c]] = rounded[r][c];
   return nan;
+}
+
+// The same of two tiles that took turns, where columns lie along the memory: those of each run at
+// their place from to + row_at[r].
+inline bool store_runs(const float* first, const float* second, int rows, const float* bias,
+                       BFloat16* to, const int64_t* row_at, const Run* run, const Run* run_end) {
+  using V = Vec<float>;
+  auto nan = is_nan(V::zero());
+  for (int r = 0; r < rows; ++r, first += side, second += side) {
+    const V::Words words = V::unwoven_sums(first, second, V::broadcast(bias[r]), nan);
+    for (const Run* i = run; i < run_end; ++i)
+      V::store_words(words, i->some, to + (row_at[r] + i->at));
+  }
+  return V::any(nan);
 }
 
 // The same, if the rows are stride phases: groups of `beside` rows lie side by side in memory, if

@@ -65,6 +65,13 @@ struct Vec<float> {
       if (some >> i & 1) words.word[i] = p[i];
     return words;
   }
+  static Words load_halves(const BFloat16* p, const BFloat16* q) {
+    return merge_words(merge_words({}, 0xffff, p), 0xffff0000, q - 16);
+  }
+  static void store_words(const Words& words, uint32_t some, BFloat16* p) {
+    for (int i = 0; i < 32; ++i)
+      if (some >> i & 1) p[i] = words.word[i];
+  }
   static void store_words(const Words& words, BFloat16* p) {
     __builtin_memcpy(static_cast<void*>(p), &words, sizeof(words));
   }
@@ -78,6 +85,15 @@ struct Vec<float> {
   static TNC_INLINE Vec unwoven(const float* first, const float* second, int i) {
     const __m128 low = _mm_loadu_ps(first + i / 2), high = _mm_loadu_ps(second + i / 2);
     return {_mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1)};
+  }
+  static Words unwoven_sums(const float* first, const float* second, Vec x, Mask& nan) {
+    Words words;
+    for (int i = 0; i < 32; i += lanes) {
+      const Vec sum = unwoven(first, second, i) + x;
+      nan = either(nan, is_nan(sum));
+      sum.store(words.word + i);
+    }
+    return words;
   }
 
   TNC_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }

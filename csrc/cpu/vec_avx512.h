@@ -44,7 +44,15 @@ struct Vec<float> {
   static TNC_INLINE Words merge_words(Words rest, uint32_t some, const BFloat16* p) {
     return _mm512_mask_loadu_epi16(rest, some, p);
   }
+  static TNC_INLINE Words load_halves(const BFloat16* p, const BFloat16* q) {
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  }
   static TNC_INLINE void store_words(Words words, BFloat16* p) { _mm512_storeu_si512(p, words); }
+  static TNC_INLINE void store_words(Words words, uint32_t some, BFloat16* p) {
+    _mm512_mask_storeu_epi16(p, some, words);
+  }
   // Pairs of 32 words, as interleaving leaves them: four to `first`, four to `second`, in turn. Of
   // 32 numbers that took turns so, those in order from number i on.
   static TNC_INLINE void weave(Words even, Words odd, float* first, float* second) {
@@ -55,6 +63,17 @@ struct Vec<float> {
     const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i order = _mm512_add_epi32(low, _mm512_set1_epi32(i / 2));
     return {_mm512_permutex2var_ps(_mm512_loadu_ps(first), order, _mm512_loadu_ps(second))};
+  }
+  // The sums of all of them and x in order, rounded; `nan` tells of NaNs.
+  static TNC_INLINE Words unwoven_sums(const float* first, const float* second, Vec x, Mask& nan) {
+    static constexpr uint16_t order[] = {0,  2,  4,  6,  1,  3,  5,  7,  8,  10, 12,
+                                         14, 9,  11, 13, 15, 16, 18, 20, 22, 17, 19,
+                                         21, 23, 24, 26, 28, 30, 25, 27, 29, 31};
+    const Vec a = load(first) + x, b = load(second) + x;
+    nan = either(nan, either(is_nan(a), is_nan(b)));
+    const __m512i low = _mm512_srli_epi32(a.rounded(), 16);
+    const __m512i turns = _mm512_mask_blend_epi16(0x55555555, b.rounded(), low);
+    return _mm512_permutexvar_epi16(_mm512_loadu_si512(order), turns);
   }
 
   TNC_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
@@ -151,13 +170,14 @@ struct Vec<float> {
   TNC_INLINE __m256i halves() const {
     return _mm512_cvtps_ph(canonical(*this).v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  TNC_INLINE __m256i brains() const {
+  TNC_INLINE __m512i rounded() const {  // to the upper halves; the lower ones are anything
     const __m512i u = _mm512_castps_si512(v);
     const __m512i even = _mm512_and_epi32(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     const __m512i up = _mm512_add_epi32(u, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
-    const __m512i rounded = _mm512_srli_epi32(up, 16);
-    return _mm512_cvtepi32_epi16(
-        _mm512_mask_blend_epi32(is_nan(*this), rounded, _mm512_set1_epi32(0x7fc0)));
+    return _mm512_mask_blend_epi32(is_nan(*this), up, _mm512_set1_epi32(0x7fc00000));
+  }
+  TNC_INLINE __m256i brains() const {
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(), 16));
   }
 };
 
