@@ -104,7 +104,7 @@ struct Layout {
     for (int a = 0; a < 2; ++a) pixel[a] = axis[a] * (grid[a].image_step / pitch[a]);
     // An odd number of cache lines apart, so that channels do not crowd one set of the cache, and
     // with slack for the last vector.
-    channel = (up(axis[0] * size[0] + 15, 32) | 1) * 32;
+    channel = (up(axis[0] * size[0] + 31, 32) | 1) * 32;
   }
   // Positions that so many pixels read.
   int64_t length(const GridAxis& grid, int a, int64_t pixels) const {
@@ -117,7 +117,7 @@ struct Layout {
   }
 };
 
-// Can vectors be read from the image itself, but for the end of its memory?
+// Can runs be read from the image itself?
 inline bool readable_in_place(const GridAxis (&grid)[3], const int64_t* image_stride) {
   bool yes = image_stride[4] == 1 && grid[2].image_step == 1;
   for (int a = 0; a < 3; ++a) yes = yes && !grid[a].reads_padding();
@@ -156,7 +156,7 @@ inline void fill_patch(BFloat16* patch, const Layout& layout, const GridAxis (&g
       for (int64_t h = 0; h < size[1]; ++h, row_to += layout.axis[1], row += row_step) {
         if (!plane_inside || h < inner[1] || h >= outer[1]) {
           for (int64_t i = 0; i < together; ++i)
-            zero_words_roughly(row_to + i * layout.channel, layout.axis[1]);
+            zero_roughly(row_to + i * layout.channel, layout.axis[1]);
           continue;
         }
         for (int64_t phase = 0; phase < least(layout.phases, size[2]); ++phase) {
@@ -166,17 +166,21 @@ inline void fill_patch(BFloat16* patch, const Layout& layout, const GridAxis (&g
           const BFloat16* const first = row + phase * word + begin * stride;
           if (channels_innermost) {
             for (int64_t i = 0; i < channels; ++i) {
-              zero_words_roughly(to + i * layout.channel, begin);
-              zero_words_roughly(to + i * layout.channel + end, length - end);
+              zero_roughly(to + i * layout.channel, begin);
+              zero_roughly(to + i * layout.channel + end, length - end);
             }
             transpose_words(to + begin, layout.channel, first, stride, end - begin, channels);
           } else {
             // The same row of the next channel.
             for (int64_t i = begin; i < end; i += 32)
               prefetch(row + image_stride[1] + phase * word + i * stride);
-            zero_words_roughly(to, begin);
+            if (stride == 1) {
+              copy_padded(to, first - begin, begin, end, length);
+              continue;
+            }
+            zero_roughly(to, begin);
             copy_words(to + begin, first, stride, end - begin);
-            zero_words_roughly(to + end, length - end);
+            zero_roughly(to + end, length - end);
           }
         }
       }
@@ -196,34 +200,50 @@ void each_piece(const GridAxis (&grid)[3], const Pieces& pieces, int64_t first, 
   }
 }
 
-// Neighbouring pixels of a row that become neighbouring columns (or terms) of a tile.
+// Neighbouring pixels that become columns (or terms): those `some` of 32, at their number from
+// `at`.
 struct Run {
   int64_t at;
-  int32_t column, length;
+  uint32_t some;
 };
 
-// Calls visit(pixel, length, at, position) for runs that end at multiples of `width` from `first`.
+// Adds `length` columns from `column` on, which begin at `at`, to the runs [first, last).
+inline void add_run(Run* run, int32_t first, int32_t& last, int64_t column, int64_t length,
+                    int64_t at) {
+  const uint32_t some = ~uint32_t{0} >> (depth - length) << column;
+  if (first < last && run[last - 1].at == at - column)
+    run[last - 1].some |= some;
+  else
+    run[last++] = {at - column, some};
+}
+
+// Finds the runs of [first, last), each 32 pixels' from first_run[i] to first_run[i + 1]. Calls
+// visit(pixel, length, sample, position) for pieces of them.
 template <class Visit>
-void each_run(const GridAxis (&grid)[3], const Pieces& pieces, const Layout& layout,
-              int64_t sample_stride, int64_t piece_length, int64_t first, int64_t last,
-              int64_t width, const Visit& visit) {
+void find_runs(const GridAxis (&grid)[3], const Pieces& pieces, const Layout& layout,
+               int64_t sample_stride, int64_t piece_length, int64_t first, int64_t last, Run* run,
+               int32_t* first_run, const Visit& visit) {
   int64_t number = first;
+  int32_t runs = 0;
   each_piece(grid, pieces, first, last, [&](int64_t n, const Box& box, int64_t piece) {
     const int64_t end = pieces.end(number, last);
     int64_t at[3], rest = number;
     for (int a = 2; a >= 0; --a) at[a] = rest % grid[a].count, rest /= grid[a].count;
     while (number < end) {
-      const int64_t to_edge = width - (number - first) % width;
-      const int64_t length = least(least(grid[2].count - at[2], to_edge), end - number);
+      const int64_t pixel = number - first, column = pixel % depth;
+      const int64_t length = least(least(grid[2].count - at[2], depth - column), end - number);
       int64_t from = layout.patched ? piece * piece_length : n * sample_stride;
       for (int a = 0; a < 3; ++a)
         from += (at[a] - (layout.patched ? box.from[a] : 0)) * layout.pixel[a];
-      visit(number - first, length, from, n, at);
+      if (column == 0) first_run[pixel / depth] = runs;
+      add_run(run, first_run[pixel / depth], runs, column, length, from);
+      visit(pixel, length, n, at);
       number += length;
       at[2] += length;
       for (int a = 2; a > 0 && at[a] == grid[a].count; --a) at[a] = 0, ++at[a - 1];
     }
   });
+  first_run[up(last - first, depth)] = runs;
 }
 
 }  // namespace torch_naiveconv::TNC_ISA

@@ -56,7 +56,8 @@ bool multiply_taps(const ConvProblem& p, const MatrixLimits& limits) {
       most(1, least(least(2 * usual_groups, up(pixels, depth)),
                     panel_bytes / (group_bytes * up(block_channels * taps, side) * side)));
   const Pieces pieces(grid, chunk * depth);
-  const Layout patch(grid, pieces), image_itself(grid, image_stride);
+  const bool in_place = readable_in_place(grid, image_stride);
+  const Layout patch(grid, pieces), layout = in_place ? Layout(grid, image_stride) : patch;
   const int64_t patch_words = pieces.count * patch.channel;
   if (patch_words > INT32_MAX / 8) return false;
   block_channels = most(
@@ -73,9 +74,6 @@ bool multiply_taps(const ConvProblem& p, const MatrixLimits& limits) {
   const int64_t filter_tiles = up(s.group_out(), side);
   const bool taps_outside = weight_stride[1] == 1;  // so that rows lie along the memory
 
-  const bool in_place = readable_in_place(grid, image_stride);
-  int64_t image_end = (s.batch - 1) * image_stride[0] + (s.in_channels - 1) * image_stride[1] + 1;
-  for (int a = 0; a < 3; ++a) image_end += (s.axis[a].in - 1) * image_stride[a + 2];
   bool consecutive = grad_stride[4] == 1;  // the pixels of a channel of the gradient
   consecutive = consecutive && (s.axis[1].out == 1 || grad_stride[3] == s.axis[2].out);
   consecutive =
@@ -93,15 +91,14 @@ bool multiply_taps(const ConvProblem& p, const MatrixLimits& limits) {
     Arena& arena = task_arena();
     arena.reset(Arena::bytes_for<BFloat16>(row_size) + Arena::bytes_for<BFloat16>(column_size) +
                 Arena::bytes_for<BFloat16>(patch_size) + Arena::bytes_for<float>(total_size) +
-                3 * Arena::bytes_for<int64_t>(most_rows) + Arena::bytes_for<float>(side) +
+                2 * Arena::bytes_for<int64_t>(most_rows) + Arena::bytes_for<float>(side) +
                 Arena::bytes_for<int64_t>(most_columns) + Arena::bytes_for<Run>(chunk * depth) +
                 Arena::bytes_for<int32_t>(chunk + 1));
     BFloat16* const rows_panel = arena.take<BFloat16>(row_size);
     BFloat16* const columns_panel = arena.take<BFloat16>(column_size);
     BFloat16* const patches = arena.take<BFloat16>(patch_size);
     float* const totals = arena.take<float>(total_size);
-    int64_t* const patch_offset = arena.take<int64_t>(most_rows);
-    int64_t* const image_offset = arena.take<int64_t>(most_rows);
+    int64_t* const offset = arena.take<int64_t>(most_rows);
     int64_t* const row_at = arena.take<int64_t>(most_rows);
     float* const no_bias = arena.take<float>(side);
     int64_t* const column_at = arena.take<int64_t>(most_columns);
@@ -125,7 +122,6 @@ bool multiply_taps(const ConvProblem& p, const MatrixLimits& limits) {
       const BFloat16* const grad = static_cast<const BFloat16*>(p.output.data) +
                                    (group * s.group_out() + filter0) * grad_stride[1];
 
-      int64_t most_offset = 0;
       const int64_t channels = channel1 - channel0;
       const auto number_of = [&](int64_t r) {  // of a row, among the taps of the channels
         return taps_outside ? r % channels * taps + r / channels : r;
@@ -133,17 +129,14 @@ bool multiply_taps(const ConvProblem& p, const MatrixLimits& limits) {
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t c = number_of(r) / taps;
         int64_t rest = number_of(r) % taps;
-        patch_offset[r] = c * patch.channel;
-        image_offset[r] = c * image_itself.channel;
+        offset[r] = c * layout.channel;
         row_at[r] = (channel0 + c) * weight_stride[1];
         for (int a = 2; a >= 0; --a) {
           const int64_t tap = rest % s.axis[a].kernel;
           rest /= s.axis[a].kernel;
-          patch_offset[r] += patch.tap(a, grid[a].shift(tap));
-          if (in_place) image_offset[r] += image_itself.tap(a, grid[a].shift(tap));
+          offset[r] += layout.tap(a, grid[a].shift(tap));
           row_at[r] += tap * weight_stride[a + 2];
         }
-        most_offset = most(most_offset, image_offset[r]);
       }
       for (int64_t c = 0; c < columns; ++c)
         column_at[c] = (group * s.group_out() + filter0 + c) * weight_stride[0];
@@ -167,37 +160,19 @@ bool multiply_taps(const ConvProblem& p, const MatrixLimits& limits) {
           const int64_t groups = up(last - first, depth);
           const BFloat16* const image =
               static_cast<const BFloat16*>(p.input.data) + image_at + n * image_stride[0];
-          const auto find_runs = [&](const Layout& layout) {
-            int64_t runs = 0, most_at = 0;
-            each_run(grid, pieces, layout, image_stride[0], piece_length, first, last, depth,
-                     [&](int64_t pixel, int64_t length, int64_t at, int64_t, const int64_t*) {
-                       if (pixel % depth == 0)
-                         first_run[pixel / depth] = static_cast<int32_t>(runs);
-                       run[runs++] = {at, static_cast<int32_t>(pixel % depth),
-                                      static_cast<int32_t>(length)};
-                       most_at = most(most_at, at);
-                     });
-            first_run[groups] = static_cast<int32_t>(runs);
-            return most_at;
-          };
-          bool here = in_place;
-          if (here)
-            here = find_runs(image_itself) + most_offset + depth + image_at + n * image_stride[0] <=
-                   image_end;
-          if (!here) {
-            find_runs(patch);
+          find_runs(grid, pieces, layout, image_stride[0], piece_length, first, last, run,
+                    first_run, [](int64_t, int64_t, int64_t, const int64_t*) {});
+          if (!in_place)
             each_piece(grid, pieces, first, last, [&](int64_t, const Box& box, int64_t piece) {
               fill_patch(patches + piece * piece_length, patch, grid, box, image, image_stride,
                          channel1 - channel0);
             });
-          }
 
           for (int64_t i = 0; i < row_tiles; ++i)
             for (int64_t g = 0; g < groups; ++g)
               pack_rows(rows_panel + (i * groups + g) * tile_words, run + first_run[g],
-                        run + first_run[g + 1], here ? image : patches,
-                        (here ? image_offset : patch_offset) + i * side,
-                        least(rows - i * side, side), least(last - first - g * depth, depth));
+                        run + first_run[g + 1], in_place ? image : patches, offset + i * side,
+                        least(rows - i * side, side));
           for (int64_t j = 0; j < column_tiles; ++j)
             for (int64_t g = 0; g < groups; ++g)
               pack_gradient(columns_panel + (j * groups + g) * tile_words,
@@ -210,15 +185,16 @@ bool multiply_taps(const ConvProblem& p, const MatrixLimits& limits) {
             for (int64_t j = 0; j < column_tiles; j += 2) {
               const RowTiles from{rows_panel + i * column_tile, depth, column_tile, tile_words};
               multiply_tiles<Unit>(least(2, row_tiles - i), least(2, column_tiles - j), from,
-                                   columns_panel + j * column_tile, column_tile, groups,
+                                   {columns_panel + j * column_tile, column_tile, groups}, groups,
                                    totals + (i * column_tiles + j) * tile_totals, column_tiles,
-                                   true);
+                                   true, NoPack{});
             }
         }
 
       for (int64_t i = 0; i < row_tiles; ++i)
         for (int64_t j = 0; j < column_tiles; ++j) {
-          const float* const total = totals + (i * column_tiles + j) * tile_totals;
+          const float* const tile = totals + (i * column_tiles + j) * tile_totals;
+          const auto total = [&](int r, int c) { return Vec<float>::load(tile + r * side + c); };
           const int some_rows = static_cast<int>(least(rows - i * side, side));
           const int some_columns = static_cast<int>(least(columns - j * side, side));
           if (p.keep_total)

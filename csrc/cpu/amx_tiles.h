@@ -6,104 +6,110 @@
 
 namespace torch_naiveconv::TNC_ISA {
 
-// The columns of one tile: `pairs` pairs of terms of 16 pixels. A term that these pixels have not
-// has the offset -1. Every line is stored whole, if that can be: a tile waits long for one that is
-// not.
-inline void pack_columns(BFloat16* to, const Run* run, const Run* run_end, const BFloat16* source,
-                         int64_t origin, const int32_t* offset, int64_t pairs, bool all_exist) {
+// 32 words: those of each run at their place from `from`. How many runs there are is known to the
+// compiler, if they are few.
+enum GatherOf { whole_run, two_halves, at_most_2, at_most_3, at_most_4, any_number };
+
+template <int Of>
+struct Gather {
   using V = Vec<float>;
-  static constexpr BFloat16 none[side] = {};
-  float* pair = reinterpret_cast<float*>(to);
-  const int64_t first = origin + run->at;
-  if (run_end - run == 1 && all_exist) {
-    for (int64_t k = 0; k < pairs; ++k, pair += side)
-      for (int i = 0; i < side; i += V::lanes)
-        V::pairs(source + (first + i + offset[2 * k]), source + (first + i + offset[2 * k + 1]))
-            .store(pair + i);
-    return;
+  static constexpr int most_runs = Of == whole_run ? 1 : Of == two_halves ? 2 : Of;
+  Run run[most_runs];
+
+  Gather(const Run* first, const Run* last) {
+    for (int r = 0; r < most_runs; ++r) run[r] = first + r < last ? first[r] : Run{first->at, 0};
   }
-  if (run_end - run <= 3) {
-    int64_t at[3] = {};  // of the first column, if it were of the run
-    uint32_t columns[3] = {};
-    for (int64_t i = 0; i < run_end - run; ++i) {
-      at[i] = origin + run[i].at - run[i].column;
-      columns[i] = ((1u << run[i].length) - 1) << run[i].column;
-    }
-    for (int64_t k = 0; k < pairs; ++k, pair += side)
-      if (columns[2] == 0)
-        V::merge_pairs<2>(source, at, columns, offset[2 * k], offset[2 * k + 1], pair);
-      else
-        V::merge_pairs<3>(source, at, columns, offset[2 * k], offset[2 * k + 1], pair);
-    return;
+  TNC_INLINE V::Words operator()(const BFloat16* from) const {
+    if constexpr (Of == whole_run) return V::load_words(from + run[0].at);
+    if constexpr (Of == two_halves)
+      return V::load_halves(from + run[0].at, from + (run[1].at + side));
+    V::Words words{};
+#pragma GCC unroll 4
+    for (int r = 0; r < most_runs; ++r)
+      words = V::merge_words(words, run[r].some, from + run[r].at);
+    return words;
   }
-  for (int64_t k = 0; k < pairs; ++k, pair += side) {
-    const int64_t even = offset[2 * k], odd = offset[2 * k + 1];
-    for (const Run* r = run; r < run_end; ++r) {
-      const BFloat16* const a = even < 0 ? none : source + (origin + even + r->at);
-      const BFloat16* const b = odd < 0 ? none : source + (origin + odd + r->at);
-      for (int i = 0; i < side - r->column; i += V::lanes)
-        V::pairs(a + i, b + i)
-            .store(pair + r->column + i, static_cast<int>(least(side - r->column - i, V::lanes)));
-    }
+};
+template <>
+struct Gather<any_number> {
+  using V = Vec<float>;
+  const Run *first, *last;
+
+  Gather(const Run* run, const Run* run_end) : first(run), last(run_end) {}
+  TNC_INLINE V::Words operator()(const BFloat16* from) const {
+    V::Words words{};
+    for (const Run* r = first; r < last; ++r) words = V::merge_words(words, r->some, from + r->at);
+    return words;
   }
+};
+inline GatherOf gather_of(const Run* run, const Run* run_end) {
+  constexpr uint32_t half = 0xffff;
+  if (run->some == ~uint32_t{0}) return whole_run;
+  if (run_end - run == 2 && run[0].some == half && run[1].some == half << side) return two_halves;
+  return static_cast<GatherOf>(most(at_most_2, least(run_end - run, any_number)));
+}
+// Calls visit(of) with a constant.
+template <class Visit>
+void with_gather(GatherOf of, const Visit& visit) {
+  if (of == whole_run) return visit(std::integral_constant<int, whole_run>{});
+  if (of == two_halves) return visit(std::integral_constant<int, two_halves>{});
+  if (of == at_most_2) return visit(std::integral_constant<int, at_most_2>{});
+  if (of == at_most_3) return visit(std::integral_constant<int, at_most_3>{});
+  if (of == at_most_4) return visit(std::integral_constant<int, at_most_4>{});
+  visit(std::integral_constant<int, any_number>{});
 }
 
-// The columns of two tiles whose pixels are 32 neighbours: the tiles take turns after every four
-// pixels, which is how vectors interleave.
-inline void pack_woven(BFloat16* to, int64_t tile, const BFloat16* source, int64_t origin,
-                       const int32_t* offset, int64_t pairs, bool all_exist) {
-  static constexpr BFloat16 none[2 * side] = {};
-  for (int64_t k = 0; k < pairs; ++k, to += 2 * side) {
-    const int64_t even = offset[2 * k], odd = offset[2 * k + 1];
-    Vec<float>::weave(all_exist || even >= 0 ? source + (origin + even) : none,
-                      all_exist || odd >= 0 ? source + (origin + odd) : none,
-                      reinterpret_cast<float*>(to), reinterpret_cast<float*>(to + tile));
-  }
-}
-inline void unweave_totals(float* total, float* next) {
-  for (int r = 0; r < side; ++r) Vec<float>::unweave(total + r * side, next + r * side);
+// The columns of two tiles for a group: pairs of terms of 32 pixels, of which the tiles get four in
+// turn, as vectors interleave them. Every line is stored whole: a tile waits long for one that is
+// not. `all_exist`: else there are terms that these pixels have not, with the offset -1.
+template <class Gather>
+TNC_INLINE void pack_columns(BFloat16* to, int64_t tile, const Gather gather,
+                             const BFloat16* source, int64_t origin, const int32_t* offset,
+                             bool all_exist) {
+  using V = Vec<float>;
+  const auto pack = [&](const auto& words) {
+#pragma GCC unroll 4
+    for (int k = 0; k < depth; k += 2, to += 2 * side)
+      V::weave(words(offset[k]), words(offset[k + 1]), reinterpret_cast<float*>(to),
+               reinterpret_cast<float*>(to + tile));
+  };
+  if (all_exist)
+    pack([&](int64_t at) { return gather(source + (origin + at)); });
+  else
+    pack([&](int64_t at) { return at < 0 ? V::Words{} : gather(source + (origin + at)); });
 }
 
 // The rows of one tile and one group: 32 pixels of `rows` taps.
 inline void pack_rows(BFloat16* to, const Run* run, const Run* run_end, const BFloat16* source,
-                      const int64_t* offset, int64_t rows, int64_t terms) {
-  if (terms == depth && run_end - run <= 3) {
-    int64_t at[3] = {};  // of the first term, if it were of the run
-    uint32_t some[3] = {};
-    for (int64_t i = 0; i < run_end - run; ++i) {
-      at[i] = run[i].at - run[i].column;
-      some[i] = (~uint32_t{0} >> (depth - run[i].length)) << run[i].column;
-    }
-    for (int64_t r = 0; r < rows; ++r, to += depth)
-      if (run_end - run == 1)
-        copy_words(to, source + (offset[r] + at[0]), depth);
-      else if (run_end - run == 2)
-        Vec<float>::merge_words<2>(source + offset[r], at, some, to);
-      else
-        Vec<float>::merge_words<3>(source + offset[r], at, some, to);
-    return;
-  }
-  for (int64_t r = 0; r < rows; ++r, to += depth) {
-    for (const Run* i = run; i < run_end; ++i)
-      copy_words(to + i->column, source + (offset[r] + i->at), depth);
-    if (terms < depth) zero_words(to + terms, depth - terms);
-  }
+                      const int64_t* offset, int64_t rows) {
+  with_gather(gather_of(run, run_end), [&](auto n) {
+    const Gather<n> gather(run, run_end);
+    for (int64_t r = 0; r < rows; ++r)
+      Vec<float>::store_words(gather(source + offset[r]), to + r * depth);
+  });
 }
 
-// The columns of one tile from its columns' consecutive terms: pairs of words are transposed.
-inline void pack_transposed(BFloat16* to, const BFloat16* from, int64_t column) {
+// to[j][i] = vector(i, j)[0]: a tile of 32-bit elements turned.
+template <class Vectors>
+void transpose_tile(float* to, const Vectors& vector) {
   using V = Vec<float>;
   constexpr int L = V::lanes;
   for (int i = 0; i < side; i += L)
     for (int j = 0; j < side; j += L) {
       V block[L];
 #pragma GCC unroll 16
-      for (int k = 0; k < L; ++k)
-        block[k] = V::load(reinterpret_cast<const float*>(from + (i + k) * column) + j);
+      for (int k = 0; k < L; ++k) block[k] = vector(i + k, j);
       V::transpose(block);
 #pragma GCC unroll 16
-      for (int k = 0; k < L; ++k) block[k].store(reinterpret_cast<float*>(to) + (j + k) * side + i);
+      for (int k = 0; k < L; ++k) block[k].store(to + (j + k) * side + i);
     }
+}
+
+// The columns of one tile from its columns' consecutive terms: pairs of words are transposed.
+inline void pack_transposed(BFloat16* to, const BFloat16* from, int64_t column) {
+  transpose_tile(reinterpret_cast<float*>(to), [&](int i, int j) {
+    return Vec<float>::load(reinterpret_cast<const float*>(from + i * column) + j);
+  });
 }
 
 // Stores of 16-bit elements canonicalise by themselves.
@@ -113,16 +119,18 @@ TNC_INLINE Vec<float> stored_as(Vec<float> x) {
   return canonical(x);
 }
 
+// A tile of totals is given by a function: total(r, c) is the vector from there on.
+
 // rounded[r][c] = canonical(total[r][c] + bias[r]). Says whether a NaN was among them.
-template <class D>
-bool round_tile(D (&rounded)[side][side], const float* total, int rows, int columns,
+template <class D, class Totals>
+bool round_tile(D (&rounded)[side][side], const Totals& total, int rows, int columns,
                 const float* bias) {
   using V = Vec<float>;
   auto nan = is_nan(V::zero());
   for (int c = 0; c < columns; c += V::lanes)
     for (int r = 0; r < rows; ++r) {
       const int some = columns - c < V::lanes ? columns - c : V::lanes;
-      const V sum = V::load(total + r * side + c, some) + V::broadcast(bias[r]);
+      const V sum = V::select(V::first(some), total(r, c), V::zero()) + V::broadcast(bias[r]);
       nan = V::either(nan, is_nan(sum));
       stored_as<D>(sum).store(rounded[r] + c);
     }
@@ -149,39 +157,11 @@ inline bool store_rows_of_tile(const float* total, int64_t rows, int64_t columns
   return V::any(nan);
 }
 
-// to[j][i] = from[i][j] of a tile of totals
-inline void transpose_tile(float* to, const float* from) {
-  using V = Vec<float>;
-  constexpr int L = V::lanes;
-  for (int i = 0; i < side; i += L)
-    for (int j = 0; j < side; j += L) {
-      V block[L];
-#pragma GCC unroll 16
-      for (int k = 0; k < L; ++k) block[k] = V::load(from + (i + k) * side + j);
-      V::transpose(block);
-#pragma GCC unroll 16
-      for (int k = 0; k < L; ++k) block[k].store(to + (j + k) * side + i);
-    }
-}
-
 // to[row_at[r] + column_at[c]] = canonical(total[r][c] + bias[r]), rounded to D. Says whether a NaN
 // was among them.
-template <class D>
-bool store_tile(const float* total, int rows, int columns, const float* bias, D* to,
+template <class D, class Totals>
+bool store_tile(const Totals& total, int rows, int columns, const float* bias, D* to,
                 const int64_t* row_at, const int64_t* column_at) {
-  using V = Vec<float>;
-  constexpr int L = V::lanes;
-  const int along_row = run_length(column_at, columns);
-  if (along_row == side) {
-    auto nan = is_nan(V::zero());
-    for (int r = 0; r < rows; ++r, total += side)
-      for (int c = 0; c < side; c += L) {
-        const V sum = V::load(total + c) + V::broadcast(bias[r]);
-        nan = V::either(nan, is_nan(sum));
-        stored_as<D>(sum).store(to + row_at[r] + column_at[0] + c);
-      }
-    return V::any(nan);
-  }
   if constexpr (is_half_type<D>) {
     if (rows > 1 && run_length(row_at, rows) == rows) {  // columns lie along the memory
       alignas(64) float turned[side * side];
@@ -191,26 +171,32 @@ bool store_tile(const float* total, int rows, int columns, const float* bias, D*
   }
   alignas(64) D rounded[side][side];
   const bool nan = round_tile(rounded, total, rows, columns, bias);
-  if constexpr (is_half_type<D>) {
-    if (columns > 1 && along_row >= 2) {  // rows lie along the memory
-      for (int c = 0, length = along_row; c < columns;
-           c += length, length = run_length(column_at + c, columns - c))
-        for (int r = 0; r < rows; ++r)
-          copy_words(to + row_at[r] + column_at[c], rounded[r] + c, length);
-      return nan;
-    }
-  }
   for (int r = 0; r < rows; ++r)
     for (int c = 0; c < columns; ++c) to[row_at[r] + column_at[c]] = rounded[r][c];
   return nan;
 }
 
+// The same of two tiles that took turns, where columns lie along the memory: those of each run at
+// their place from to + row_at[r].
+inline bool store_runs(const float* first, const float* second, int rows, const float* bias,
+                       BFloat16* to, const int64_t* row_at, const Run* run, const Run* run_end) {
+  using V = Vec<float>;
+  auto nan = is_nan(V::zero());
+  for (int r = 0; r < rows; ++r, first += side, second += side) {
+    const V::Words words = V::unwoven_sums(first, second, V::broadcast(bias[r]), nan);
+    for (const Run* i = run; i < run_end; ++i)
+      V::store_words(words, i->some, to + (row_at[r] + i->at));
+  }
+  return V::any(nan);
+}
+
 // The same, if the rows are stride phases: groups of `beside` rows lie side by side in memory, if
 // that is not 1. A row and a column that have a bit in common do not meet: the input that would be
 // there does not exist.
-inline bool store_phases(const float* total, int rows, int columns, const float* bias, BFloat16* to,
-                         const int64_t* row_at, const int64_t* column_at, const uint8_t* row_bits,
-                         const uint8_t* column_bits, int beside) {
+template <class Totals>
+bool store_phases(const Totals& total, int rows, int columns, const float* bias, BFloat16* to,
+                  const int64_t* row_at, const int64_t* column_at, const uint8_t* row_bits,
+                  const uint8_t* column_bits, int beside) {
   using V = Vec<float>;
   uint8_t of_rows = 0, of_columns = 0;
   for (int r = 0; r < rows; ++r) of_rows |= row_bits[r];

@@ -27,11 +27,20 @@ struct RowTiles {
   int64_t row, tile, group;
 };
 
+// Columns of 32 terms, packed: tiles at a distance; `kept` groups of a tile lie side by side, and
+// the next ones take their places.
+struct ColumnTiles {
+  const BFloat16* data;
+  int64_t tile, kept;
+};
+
 // The tiles i, j of `totals` (a grid of tiles, `pitch` tiles a row) over `groups` groups of terms.
-// The unit keeps 2 x 2 of them, or 1 x 4: fewer would wait for each other.
-template <class Unit, int Rows, int Columns>
-void multiply_tiles(const RowTiles& rows, const BFloat16* columns, int64_t column_tile,
-                    int64_t groups, float* totals, int64_t pitch, bool resume) {
+// The unit keeps 2 x 2 of them, or 1 x 4: fewer would wait for each other. pack(g, place)
+// is called a group ahead, so that its stores are done when they are loaded.
+template <class Unit, int Rows, int Columns, class Pack>
+void multiply_tiles(const RowTiles& rows, const ColumnTiles& columns, int64_t groups, float* totals,
+                    int64_t pitch, bool resume, const Pack& pack) {
+  pack(0, 0);
   Unit::fence();
   const auto each_total = [&](const auto& visit) {
     unrolled<Rows * Columns>(
@@ -45,32 +54,41 @@ void multiply_tiles(const RowTiles& rows, const BFloat16* columns, int64_t colum
   });
   const BFloat16* a = rows.data;
   const int64_t row_bytes = rows.row * int64_t{sizeof(BFloat16)};
-  for (int64_t g = 0; g < groups; ++g, a += rows.group, columns += tile_words) {
+  for (int64_t g = 0, place = 0; g < groups; ++g, a += rows.group) {
+    const BFloat16* const b = columns.data + place * tile_words;
+    place = place + 1 < columns.kept ? place + 1 : 0;
+    if (g + 1 < groups) pack(g + 1, place);
     Unit::template load_rows<0>(a, row_bytes);
     unrolled<Columns>([&](auto j) {
-      Unit::template load_columns<j>(columns + j * column_tile);
+      Unit::template load_columns<j>(b + j * columns.tile);
       Unit::template multiply<j, 0, j>();
     });
     if constexpr (Rows == 2) {
       Unit::template load_rows<1>(a + rows.tile, row_bytes);
       unrolled<Columns>([&](auto j) { Unit::template multiply<Columns + j, 1, j>(); });
     }
+    // A processor that has stored no tile for half a microsecond takes long to store the next one.
+    if (g % 8 == 7) Unit::template store_total<0>(totals);
   }
   each_total([&](auto i, float* total) { Unit::template store_total<i>(total); });
   Unit::fence();
 }
-template <class Unit>
+template <class Unit, class Pack>
 void multiply_tiles(int64_t row_tiles, int64_t column_tiles, const RowTiles& rows,
-                    const BFloat16* columns, int64_t column_tile, int64_t groups, float* totals,
-                    int64_t pitch, bool resume) {
-  const auto multiply =
-      row_tiles == 2 ? column_tiles == 2 ? multiply_tiles<Unit, 2, 2> : multiply_tiles<Unit, 2, 1>
-      : column_tiles == 4 ? multiply_tiles<Unit, 1, 4>
-      : column_tiles == 3 ? multiply_tiles<Unit, 1, 3>
-      : column_tiles == 2 ? multiply_tiles<Unit, 1, 2>
-                          : multiply_tiles<Unit, 1, 1>;
-  multiply(rows, columns, column_tile, groups, totals, pitch, resume);
+                    const ColumnTiles& columns, int64_t groups, float* totals, int64_t pitch,
+                    bool resume, const Pack& pack) {
+  const auto multiply = row_tiles == 2      ? column_tiles == 2 ? multiply_tiles<Unit, 2, 2, Pack>
+                                                                : multiply_tiles<Unit, 2, 1, Pack>
+                        : column_tiles == 4 ? multiply_tiles<Unit, 1, 4, Pack>
+                        : column_tiles == 3 ? multiply_tiles<Unit, 1, 3, Pack>
+                        : column_tiles == 2 ? multiply_tiles<Unit, 1, 2, Pack>
+                                            : multiply_tiles<Unit, 1, 1, Pack>;
+  multiply(rows, columns, groups, totals, pitch, resume, pack);
 }
+// Columns that are packed already.
+struct NoPack {
+  void operator()(int64_t, int64_t) const {}
+};
 
 // Does the unit compute what the specification says? Asked once, before it is trusted: operands of
 // ordinary size, products about the smallest normal number, results that are tiny before or after
@@ -113,7 +131,7 @@ bool unit_is_exact() {
         earlier[r][c] = total[r][c] = trial % 3 ? flushed(x * y) : 0.0f;
       }
     const RowTiles rows{a[0], depth, 0, 0};
-    multiply_tiles<Unit, 1, 1>(rows, b[0][0], 0, 1, total[0], 1, true);
+    multiply_tiles<Unit, 1, 1>(rows, {b[0][0], 0, 1}, 1, total[0], 1, true, NoPack{});
     for (int r = 0; r < side; ++r)
       for (int c = 0; c < side; ++c) {
         PairedSum<BFloat16> sum(earlier[r][c]);

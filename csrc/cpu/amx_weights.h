@@ -7,15 +7,15 @@ namespace torch_naiveconv::TNC_ISA {
 
 // What a call is declined for, and how much a task works on at a time. Tests make them small.
 struct MatrixLimits {
-  int64_t least_channels = 8;            // that the tiles would be filled with, or
-  int64_t least_width = 32;              // pixels of a row and
-  int64_t least_terms = 256;             // of a pixel
-  int64_t least_work = 200000;           // multiply-adds
-  int64_t panel_bytes = 1 << 20;         // packed operand of a task
-  int64_t cached_bytes = 3 << 19;        // weights that stay in a second cache; the panel is then
-  int64_t strip_bytes = 128 << 10;       // no larger, and where few rows share it
-  int64_t first_cache_bytes = 16 << 10;  // a tile waits long for lines that left the first cache
-  int64_t patch_bytes = 1 << 20;         // zero-padded copy of a piece of the image
+  int64_t least_channels = 8;           // that the tiles would be filled with, or
+  int64_t least_width = 32;             // pixels of a row and
+  int64_t least_terms = 256;            // of a pixel
+  int64_t least_work = 200000;          // multiply-adds
+  int64_t panel_bytes = 1 << 20;        // packed operand of a task
+  int64_t cached_bytes = 3 << 19;       // weights that stay in a second cache; the panel is then
+  int64_t strip_bytes = 128 << 10;      // no larger, and where few rows share it
+  int64_t first_cache_bytes = 8 << 10;  // a tile waits long for lines that left the first cache
+  int64_t patch_bytes = 1 << 20;        // zero-padded copy of a piece of the image
   int64_t weight_bytes = 8 << 20;
   int64_t most_pixels = 1024;
 };

@@ -58,12 +58,18 @@ TNC_INLINE void zero_words(BFloat16* to, int64_t n) {
     __builtin_memcpy(static_cast<void*>(to + i), zeros, length * sizeof(BFloat16));
   });
 }
-// Writes whole vectors: up to 15 words behind the last.
-TNC_INLINE void zero_words_roughly(BFloat16* to, int64_t n) {
-  static constexpr BFloat16 zeros[16] = {};
-  for (int64_t i = 0; i < n; i += 16)
-    __builtin_memcpy(static_cast<void*>(to + i), zeros, sizeof(zeros));
+// to[i] = from[i] for first <= i < last, which alone are read, and 0 for the others of n. Writes
+// whole vectors: up to 31 words behind the last.
+inline void copy_padded(BFloat16* to, const BFloat16* from, int64_t first, int64_t last,
+                        int64_t n) {
+  using V = Vec<float>;
+  for (int64_t i = 0; i < n; i += 32) {
+    const int64_t begin = most(first - i, 0), length = least(last - i, 32) - begin;
+    const uint32_t some = length <= 0 ? 0 : ~uint32_t{0} >> (32 - length) << begin;
+    V::store_words(V::merge_words(V::Words{}, some, from + i), to + i);
+  }
 }
+inline void zero_roughly(BFloat16* to, int64_t n) { copy_padded(to, to, 0, 0, n); }
 
 // to[j][i] = from[i][j] for i < rows, j < columns. Blocks at the ends overlap those before.
 inline void transpose_words(BFloat16* to, int64_t to_row, const BFloat16* from, int64_t from_row,

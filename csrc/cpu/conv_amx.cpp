@@ -43,13 +43,17 @@ struct alignas(64) TileShapes {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 static_assert(sizeof(TileShapes) == 64, "as the manual has it");
-constexpr TileShapes tile_shapes;
 
 // Tiles 0 to 3 are totals, 4 and 5 rows, 6 and 7 columns. With one tile of rows there are up to
-// four of columns: tile 5 is the third, and the fourth takes the place of the first. Who multiplies
+// four of columns: tile 5 is the third, and the fourth takes the place of the first. If that one
+// tile has less than 16 rows, none but these are loaded, multiplied and stored. Who multiplies
 // holds one of these; the tile registers are given back with it.
 struct MatrixUnit {
-  MatrixUnit() { _tile_loadconfig(&tile_shapes); }
+  explicit MatrixUnit(int rows = side) {
+    TileShapes shapes;
+    for (int i = 0; i < 5; ++i) shapes.rows[i] = static_cast<uint8_t>(rows);
+    _tile_loadconfig(&shapes);
+  }
   ~MatrixUnit() { _tile_release(); }
   MatrixUnit(const MatrixUnit&) = delete;
   MatrixUnit& operator=(const MatrixUnit&) = delete;

@@ -55,45 +55,45 @@ struct Vec<float> {
     return {_mm256_or_ps(_mm256_castsi256_ps(low), load(odd).v)};
   }
 
-  // As in vec_avx512.h, up to unweave: here for the tests of conv_amx.h.
-  static TNC_INLINE void weave(const BFloat16* even, const BFloat16* odd, float* first,
-                               float* second) {
-    for (int i = 0; i < 4; ++i) {
-      const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(even) + i);
-      const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(odd) + i);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(first) + i, _mm_unpacklo_epi16(a, b));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(second) + i, _mm_unpackhi_epi16(a, b));
+  // As in vec_avx512.h, up to unwoven: here for the tests of conv_amx.h.
+  struct Words {
+    BFloat16 word[32];
+  };
+  static Words load_words(const BFloat16* p) { return merge_words({}, ~uint32_t{0}, p); }
+  static Words merge_words(Words words, uint32_t some, const BFloat16* p) {
+    for (int i = 0; i < 32; ++i)
+      if (some >> i & 1) words.word[i] = p[i];
+    return words;
+  }
+  static Words load_halves(const BFloat16* p, const BFloat16* q) {
+    return merge_words(merge_words({}, 0xffff, p), 0xffff0000, q - 16);
+  }
+  static void store_words(const Words& words, uint32_t some, BFloat16* p) {
+    for (int i = 0; i < 32; ++i)
+      if (some >> i & 1) p[i] = words.word[i];
+  }
+  static void store_words(const Words& words, BFloat16* p) {
+    __builtin_memcpy(static_cast<void*>(p), &words, sizeof(words));
+  }
+  static void weave(const Words& even, const Words& odd, float* first, float* second) {
+    for (int i = 0; i < 32; ++i) {
+      const BFloat16 pair[2] = {even.word[i], odd.word[i]};
+      float* const to = (i % 8 < 4 ? first : second) + i / 8 * 4 + i % 4;
+      __builtin_memcpy(static_cast<void*>(to), pair, sizeof(pair));
     }
   }
-  template <int Runs>
-  static TNC_INLINE void merge_pairs(const BFloat16* source, const int64_t* at,
-                                     const uint32_t* columns, int64_t even, int64_t odd,
-                                     float* to) {
-    for (int i = 0; i < 16; ++i) {
-      BFloat16 pair[2] = {};
-      for (int r = 0; r < Runs; ++r) {
-        if ((columns[r] >> i & 1) == 0) continue;
-        if (even >= 0) pair[0] = source[at[r] + even + i];
-        if (odd >= 0) pair[1] = source[at[r] + odd + i];
-      }
-      __builtin_memcpy(static_cast<void*>(to + i), pair, sizeof(pair));
-    }
+  static TNC_INLINE Vec unwoven(const float* first, const float* second, int i) {
+    const __m128 low = _mm_loadu_ps(first + i / 2), high = _mm_loadu_ps(second + i / 2);
+    return {_mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1)};
   }
-  template <int Runs>
-  static TNC_INLINE void merge_words(const BFloat16* source, const int64_t* at,
-                                     const uint32_t* words, BFloat16* to) {
-    for (int r = 0; r < Runs; ++r)
-      for (int i = 0; i < 32; ++i)
-        if (words[r] >> i & 1) to[i] = source[at[r] + i];
-  }
-  static TNC_INLINE void unweave(float* first, float* second) {
-    __m128 a[4], b[4];
-    for (int i = 0; i < 4; ++i)
-      a[i] = _mm_loadu_ps(first + 4 * i), b[i] = _mm_loadu_ps(second + 4 * i);
-    for (int i = 0; i < 2; ++i) {
-      _mm_storeu_ps(first + 8 * i, a[i]), _mm_storeu_ps(first + 8 * i + 4, b[i]);
-      _mm_storeu_ps(second + 8 * i, a[2 + i]), _mm_storeu_ps(second + 8 * i + 4, b[2 + i]);
+  static Words unwoven_sums(const float* first, const float* second, Vec x, Mask& nan) {
+    Words words;
+    for (int i = 0; i < 32; i += lanes) {
+      const Vec sum = unwoven(first, second, i) + x;
+      nan = either(nan, is_nan(sum));
+      sum.store(words.word + i);
     }
+    return words;
   }
 
   TNC_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }

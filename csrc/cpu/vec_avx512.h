@@ -38,47 +38,42 @@ struct Vec<float> {
     return {_mm512_or_ps(_mm512_castsi512_ps(low), load(odd).v)};
   }
 
-  // Pairs of 32 words, as interleaving leaves them: four to `first`, four to `second`, in turn; and
-  // what has taken turns so back in order.
-  static TNC_INLINE void weave(const BFloat16* even, const BFloat16* odd, float* first,
-                               float* second) {
-    const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
-    _mm512_storeu_si512(first, _mm512_unpacklo_epi16(a, b));
-    _mm512_storeu_si512(second, _mm512_unpackhi_epi16(a, b));
+  // 32 words: all from memory, or `some` of them and the others from `rest`.
+  using Words = __m512i;
+  static TNC_INLINE Words load_words(const BFloat16* p) { return _mm512_loadu_si512(p); }
+  static TNC_INLINE Words merge_words(Words rest, uint32_t some, const BFloat16* p) {
+    return _mm512_mask_loadu_epi16(rest, some, p);
   }
-  // 16 pairs: those of run r's columns from source + at[r], at the offsets `even` and `odd`; a
-  // negative one stands for zeros.
-  template <int Runs>
-  static TNC_INLINE void merge_pairs(const BFloat16* source, const int64_t* at,
-                                     const uint32_t* columns, int64_t even, int64_t odd,
-                                     float* to) {
-    __m256i a = _mm256_setzero_si256(), b = a;
-#pragma GCC unroll 3
-    for (int r = 0; r < Runs; ++r) {
-      const uint32_t some = columns[r];
-      a = _mm256_mask_loadu_epi16(a, static_cast<__mmask16>(even < 0 ? 0 : some),
-                                  source + (at[r] + even));
-      b = _mm256_mask_loadu_epi16(b, static_cast<__mmask16>(odd < 0 ? 0 : some),
-                                  source + (at[r] + odd));
-    }
-    const __m512i low = _mm512_cvtepu16_epi32(a), high = _mm512_cvtepu16_epi32(b);
-    _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  static TNC_INLINE Words load_halves(const BFloat16* p, const BFloat16* q) {
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
   }
-  // 32 words: those of run r's from source + at[r].
-  template <int Runs>
-  static TNC_INLINE void merge_words(const BFloat16* source, const int64_t* at,
-                                     const uint32_t* words, BFloat16* to) {
-    __m512i a = _mm512_setzero_si512();
-#pragma GCC unroll 3
-    for (int r = 0; r < Runs; ++r) a = _mm512_mask_loadu_epi16(a, words[r], source + at[r]);
-    _mm512_storeu_si512(to, a);
+  static TNC_INLINE void store_words(Words words, BFloat16* p) { _mm512_storeu_si512(p, words); }
+  static TNC_INLINE void store_words(Words words, uint32_t some, BFloat16* p) {
+    _mm512_mask_storeu_epi16(p, some, words);
   }
-  static TNC_INLINE void unweave(float* first, float* second) {
+  // Pairs of 32 words, as interleaving leaves them: four to `first`, four to `second`, in turn. Of
+  // 32 numbers that took turns so, those in order from number i on.
+  static TNC_INLINE void weave(Words even, Words odd, float* first, float* second) {
+    _mm512_storeu_si512(first, _mm512_unpacklo_epi16(even, odd));
+    _mm512_storeu_si512(second, _mm512_unpackhi_epi16(even, odd));
+  }
+  static TNC_INLINE Vec unwoven(const float* first, const float* second, int i) {
     const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    const __m512 a = _mm512_loadu_ps(first), b = _mm512_loadu_ps(second);
-    _mm512_storeu_ps(first, _mm512_permutex2var_ps(a, low, b));
-    _mm512_storeu_ps(second, _mm512_permutex2var_ps(a, high, b));
+    const __m512i order = _mm512_add_epi32(low, _mm512_set1_epi32(i / 2));
+    return {_mm512_permutex2var_ps(_mm512_loadu_ps(first), order, _mm512_loadu_ps(second))};
+  }
+  // The sums of all of them and x in order, rounded; `nan` tells of NaNs.
+  static TNC_INLINE Words unwoven_sums(const float* first, const float* second, Vec x, Mask& nan) {
+    static constexpr uint16_t order[] = {0,  2,  4,  6,  1,  3,  5,  7,  8,  10, 12,
+                                         14, 9,  11, 13, 15, 16, 18, 20, 22, 17, 19,
+                                         21, 23, 24, 26, 28, 30, 25, 27, 29, 31};
+    const Vec a = load(first) + x, b = load(second) + x;
+    nan = either(nan, either(is_nan(a), is_nan(b)));
+    const __m512i low = _mm512_srli_epi32(a.rounded(), 16);
+    const __m512i turns = _mm512_mask_blend_epi16(0x55555555, b.rounded(), low);
+    return _mm512_permutexvar_epi16(_mm512_loadu_si512(order), turns);
   }
 
   TNC_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
@@ -175,13 +170,14 @@ struct Vec<float> {
   TNC_INLINE __m256i halves() const {
     return _mm512_cvtps_ph(canonical(*this).v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  TNC_INLINE __m256i brains() const {
+  TNC_INLINE __m512i rounded() const {  // to the upper halves; the lower ones are anything
     const __m512i u = _mm512_castps_si512(v);
     const __m512i even = _mm512_and_epi32(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     const __m512i up = _mm512_add_epi32(u, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
-    const __m512i rounded = _mm512_srli_epi32(up, 16);
-    return _mm512_cvtepi32_epi16(
-        _mm512_mask_blend_epi32(is_nan(*this), rounded, _mm512_set1_epi32(0x7fc0)));
+    return _mm512_mask_blend_epi32(is_nan(*this), up, _mm512_set1_epi32(0x7fc00000));
+  }
+  TNC_INLINE __m256i brains() const {
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(), 16));
   }
 };
 

@@ -51,8 +51,9 @@ struct Arithmetic {
 template <Fault fault>
 class Unit {
  public:
-  Unit() {
+  explicit Unit(int some_rows = side) {
     if (configured++ != 0) std::abort();
+    height = some_rows;
     std::memset(static_cast<void*>(rows), 0xff, sizeof(rows));  // NaN
     std::memset(static_cast<void*>(columns), 0xff, sizeof(columns));
     std::memset(static_cast<void*>(totals), 0xff, sizeof(totals));
@@ -68,15 +69,15 @@ class Unit {
   }
   template <int Total>
   static void load_total(const float* p) {
-    std::memcpy(totals[Total], p, sizeof(totals[Total]));
+    std::memcpy(totals[Total], p, height * sizeof(totals[Total][0]));
   }
   template <int Total>
   static void store_total(float* p) {
-    std::memcpy(p, totals[Total], sizeof(totals[Total]));
+    std::memcpy(p, totals[Total], height * sizeof(totals[Total][0]));
   }
   template <int Tile>
   static void load_rows(const BFloat16* p, int64_t row_bytes) {
-    for (int r = 0; r < side; ++r)
+    for (int r = 0; r < height; ++r)
       std::memcpy(rows[Tile][r], reinterpret_cast<const char*>(p) + r * row_bytes, 64);
   }
   template <int Tile>
@@ -85,14 +86,14 @@ class Unit {
   }
   template <int Total, int Rows, int Columns>
   static void multiply() {
-    for (int r = 0; r < side; ++r)
+    for (int r = 0; r < height; ++r)
       for (int c = 0; c < side; ++c)
         totals[Total][r][c] =
             Arithmetic<fault>::group(rows[Rows][r], columns[Columns][0][c], totals[Total][r][c]);
   }
 
  private:
-  static inline int configured = 0;
+  static inline int configured = 0, height = side;
   static inline float totals[4][side][side];
   static inline BFloat16 rows[2][side][depth], columns[4][depth / 2][side][2];
 };
