@@ -232,6 +232,20 @@ def test_samples_shared_by_threads(row, channels, filters, size, kernel):
 
 
 @pytest.mark.parametrize("row", FAST)
+@pytest.mark.parametrize("width", [2, 18, 34, 66])
+def test_halves_of_a_row_behind_one_pad(row, width):
+    """Stride 2 keeps a row in two halves; a pad in front moves the last vector of the first one."""
+    generator = torch.Generator().manual_seed(width)
+    x = torch.randn(2, 3, 6, 4, width, generator=generator)
+    w = torch.randn(1, 3, 3, 1, 2, generator=generator)
+    padding = [(0, 0), (0, 0), (1, 0)]
+    for channels in (1, 4):
+        arguments = x, w.expand(channels, -1, -1, -1, -1).contiguous(), None, (1, 1, 2), padding
+        expected = F.conv3d(*arguments, impl="naive")
+        assert_same_bits(F.conv3d(*arguments, impl=row), expected, (row, channels))
+
+
+@pytest.mark.parametrize("row", FAST)
 def test_bias_of_minus_zero(row):
     """A flushed total of -0 stays -0 where a tap meets no output, and a bias of -0 shows it."""
     g, w = torch.full((1, 31, 1), -0.0), torch.ones(31, 20, 3)

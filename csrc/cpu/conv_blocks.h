@@ -89,7 +89,7 @@ struct PatchLayout {
   static PatchLayout of(int64_t channels, const int64_t (&size)[3], bool halves = false) {
     PatchLayout p;
     p.axis[2] = 1;
-    p.odd = halves ? up(size[2], 2) + 15 : 0;  // with slack for the last vector
+    p.odd = halves ? up(size[2], 2) + 16 : 0;  // with slack for a last vector that begins late
     p.axis[1] = halves ? 2 * p.odd : size[2];
     p.axis[0] = p.axis[1] * size[1];
     // An odd number of cache lines apart, so that channels do not crowd one set of the cache, and
