@@ -258,10 +258,10 @@ class WindowProduct {
   };
   struct Block {  // of a task: lanes, input channels, samples
     Lanes lanes;
-    int64_t group, channel0, channels, rows, first_sample, last_sample;
-    bool keeps;  // the sums of its groups
-    const S *image, *grad;
-    int64_t panel_step;  // if lanes are read in place: panel rows from term to term; else zero
+    int64_t group = 0, channel0 = 0, channels = 0, rows = 0, first_sample = 0, last_sample = 0;
+    bool keeps = false;  // the sums of its groups
+    const S *image = nullptr, *grad = nullptr;
+    int64_t panel_step = 0;  // if lanes are read in place: panel rows from term to term; else zero
   };
   struct Chunk {  // pixels [first, last) of a sample: the groups whose windows fit the caches
     int64_t first, last;
