@@ -15,6 +15,7 @@
 // (conv_windows.h) are the loops, and multiply_tiny (conv_tiny.h) for calls of few products.
 #pragma once
 
+#include "conv_pixels.h"
 #include "conv_tiny.h"
 #include "conv_windows.h"
 

@@ -1,265 +1,10 @@
 // Forward and grad_input as a packed product whose rows are pixels. Start reading at
-// multiply_images; conv_dense.h says what plays which part.
+// PixelProduct::run_task; conv_dense.h says what plays which part.
 #pragma once
 
-#include "conv_blocks.h"
+#include "conv_grids.h"
 
 namespace torch_naiveconv::TNC_ISA {
-
-// One axis of a grid of pixels that have the same taps: all outputs, or one stride phase of the
-// inputs. Pixel j lies at first + j * step of the target; its tap number i is tap i * tap_step +
-// first_tap of the kernel and reads the image at j * image_step + shift(i).
-struct GridAxis {
-  int64_t count = 0, first = 0, step = 1, image_step = 1, image_size = 1;
-  int64_t taps = 0, first_tap = 0, tap_step = 1, first_shift = 0, shift_step = 0;
-
-  int64_t tap(int64_t i) const { return first_tap + i * tap_step; }
-  int64_t shift(int64_t i) const { return first_shift + i * shift_step; }
-  int64_t least_shift() const { return least(shift(0), shift(taps - 1)); }
-  int64_t most_shift() const { return most(shift(0), shift(taps - 1)); }
-  bool reads_padding() const {
-    return least_shift() < 0 || (count - 1) * image_step + most_shift() >= image_size;
-  }
-};
-
-inline GridAxis forward_axis(const Axis& a) {
-  GridAxis g;
-  g.count = a.out;
-  g.image_step = a.stride;
-  g.image_size = a.in;
-  g.taps = a.kernel;
-  g.first_shift = -a.pad;
-  g.shift_step = a.dilation;
-  return g;
-}
-
-// Inputs phase, phase + stride, ...: those that the same taps connect with the outputs.
-inline GridAxis gradient_axis(const Axis& a, int64_t phase) {
-  GridAxis g;
-  g.count = up(a.in - phase, a.stride);
-  g.first = phase;
-  g.step = a.stride;
-  g.image_size = a.out;
-  for (int64_t k = 0; k < a.kernel; ++k) {
-    const int64_t distance = phase + a.pad - k * a.dilation;
-    if (distance % a.stride != 0) continue;
-    const int64_t shift = distance / a.stride;
-    if (g.taps == 0) {
-      g.first_tap = k;
-      g.first_shift = shift;
-    } else if (g.taps == 1) {
-      g.tap_step = k - g.first_tap;
-      g.shift_step = shift - g.first_shift;
-    }
-    ++g.taps;
-  }
-  return g;
-}
-
-// Pixels [from, to) of an axis, for which taps [tap, tap + taps) are multiplied.
-struct Stretch {
-  int64_t from, to, tap, taps;
-};
-
-// An axis cut where the set of taps that read inside of the image changes; or, left whole, one
-// stretch that reads the padding too.
-struct Cut {
-  static constexpr int64_t most_taps = 7;  // of an axis that is cut
-  int count = 1;
-  Stretch stretch[2 * most_taps + 1];
-
-  explicit Cut(const GridAxis& axis) { stretch[0] = {0, axis.count, 0, axis.taps}; }
-
-  void at_padding(const GridAxis& axis) {
-    count = 0;
-    for (int64_t from = 0, to; from < axis.count; from = to) {
-      to = axis.count;
-      Stretch& s = stretch[count++];
-      s.tap = s.taps = 0;
-      for (int64_t i = 0; i < axis.taps; ++i) {
-        const int64_t first = inside(axis, i, 0), end = inside(axis, i, axis.image_size);
-        if (first > from) to = least(to, first);
-        if (end > from) to = least(to, end);
-        if (first <= from && from < end && s.taps++ == 0) s.tap = i;
-      }
-      s.from = from;
-      s.to = to;
-    }
-  }
-  int64_t taps() const {  // of all stretches
-    int64_t sum = 0;
-    for (int i = 0; i < count; ++i) sum += stretch[i].taps;
-    return sum;
-  }
-  // Has every tap a pixel for which it reads inside of the image?
-  static bool all_taps_inside(const GridAxis& axis) {
-    bool all = true;
-    for (int64_t i = 0; i < axis.taps; ++i)
-      all = all && inside(axis, i, 0) < inside(axis, i, axis.image_size);
-    return all;
-  }
-
- private:
-  // The first pixel for which a tap reads at `position` of the image or behind.
-  static int64_t inside(const GridAxis& axis, int64_t tap, int64_t position) {
-    return least(up(most(position - axis.shift(tap), 0), axis.image_step), axis.count);
-  }
-};
-
-// The terms of some pixels, group after group and chain after chain.
-struct Part {
-  Stretch stretch[3];
-  int32_t* start = nullptr;   // of each group
-  int32_t* length = nullptr;  // of each chain of each group
-  Term* term = nullptr;
-  int64_t last_group;  // that has terms
-};
-
-// A grid, all its terms as the panels hold them, and its parts. The stride phases of a call, which
-// have the same image_step and differ in count by at most one, may share a patch.
-struct Phase {
-  GridAxis grid[3];
-  int32_t* start = nullptr;  // of each group
-  int32_t* lane = nullptr;   // offset in the weight
-  Part* part = nullptr;
-  int64_t parts = 0;
-};
-constexpr int most_phases = 64;  // that share a patch
-constexpr int most_parts = 64;   // of a phase
-
-// A call as the loops see it: the image is read by the rows, the target is written.
-template <class S>
-struct Images {
-  const S* image;
-  const int64_t* image_stride;  // n, c, d, h, w
-  S* target;
-  const int64_t* target_stride;
-  const S* weight;
-  const int64_t* weight_stride;
-  int64_t lane_stride, channel_stride,
-      group_stride;  // in the weight: per lane, image channel, group
-  const S* bias;
-  int64_t batch, groups, image_channels, lanes;  // the last two within one group
-  int64_t kernel[3];
-};
-
-// Few channels would leave most of a vector empty: then rather have vectors of pixels. So would an
-// odd vector of channels leave registers: fewer than 8 chains wait for themselves. And vectors of
-// what lies side by side in the result are stored as they are.
-template <class S>
-bool has_vectors_of_pixels(const Images<S>& call, const GridAxis (&grid)[3]) {
-  using T = typename Kind<S>::T;
-  using Size = TileSize<T, Kind<S>::chains>;
-  constexpr int L = Vec<T>::lanes;
-  const int64_t vecs = up(call.lanes, L), pixels = grid[2].count;
-  const int64_t tiles = up(vecs, most_vecs<T, Kind<S>::chains>());
-  int64_t slots = 0;
-  for (int64_t i = 0; i < tiles; ++i)
-    slots += most(Size::rows * (cut_at(vecs, tiles, i + 1) - cut_at(vecs, tiles, i)), 8);
-  const double channels_used = double(call.lanes * Size::rows) / double(slots * L);
-  const double pixels_used = double(pixels) / double(up(pixels, L) * L);
-  if (grid[2].image_step > (call.image_stride[4] == 1 ? 2 : 1)) return false;
-  if (call.target_stride[1] == 1) return pixels_used > 2 * channels_used;
-  // Storing NCHW out of vectors of channels costs as much as four terms more.
-  const double terms = double(call.image_channels * grid[0].taps * grid[1].taps * grid[2].taps);
-  // Terms that are read in place (see below) a multiple of 256 bytes apart crowd a quarter of the
-  // first cache's sets, or less: rather whole lines of each.
-  const bool crowded = !is_half_type<S> && terms == double(call.image_channels) &&
-                       grid[2].image_step == 1 && call.image_stride[4] == 1 &&
-                       call.image_stride[1] * int64_t{sizeof(S)} % 256 == 0;
-  return pixels_used * (1 + 4 / terms) > (crowded ? 0.95 : 1.05) * channels_used;
-}
-
-// What the patch of a box holds of an axis: what any of the phases reads, of which pixel j reads
-// from j * step + first_shift to j * step + last_shift. No padding if the axis is cut there, and
-// only every hop-th position if a stride steps over the others.
-struct Reach {
-  int64_t count = 0, step = 1, hop = 1, image_size = 1, first_shift = 0, last_shift = 0;
-  bool padding = false, is_cut = false;
-
-  Reach(const GridAxis (*grid)[3], int phases, int axis, bool cut) : is_cut(cut) {
-    for (int i = 0; i < phases; ++i) {
-      const GridAxis& a = grid[i][axis];
-      count = most(count, a.count);
-      first_shift = i == 0 ? a.least_shift() : least(first_shift, a.least_shift());
-      last_shift = i == 0 ? a.most_shift() : most(last_shift, a.most_shift());
-      padding = padding || (a.reads_padding() && !cut);
-    }
-    step = grid[0][axis].image_step;
-    image_size = grid[0][axis].image_size;
-    if (phases == 1 && grid[0][axis].taps == 1 && !cut) hop = step;
-  }
-  int64_t from(int64_t pixel) const {
-    const int64_t at = pixel * step + first_shift;
-    return is_cut ? most(at, 0) : at;
-  }
-  int64_t to(int64_t end_pixel) const {
-    const int64_t at = (end_pixel - 1) * step + last_shift + 1;
-    return is_cut ? least(at, image_size) : at;
-  }
-  int64_t most_size(int64_t pixels) const {
-    const int64_t size = (pixels - 1) * (step / hop) + last_shift - first_shift + 1;
-    return is_cut ? least(size, image_size) : size;
-  }
-};
-
-// The taps of stretches of the three axes, in the contract's order.
-struct Taps {
-  int64_t count = 0;
-  int64_t* number = nullptr;    // among all taps of the kernel
-  int64_t* in_image = nullptr;  // offset from a row's pointer, which stands at first_shift
-  int64_t* in_weight = nullptr;
-
-  Taps(Arena& arena, int64_t limit)
-      : number(arena.take<int64_t>(limit)),
-        in_image(arena.take<int64_t>(limit)),
-        in_weight(arena.take<int64_t>(limit)) {}
-  template <class S>
-  void list(const Images<S>& call, const GridAxis (&grid)[3], const Stretch (&stretch)[3],
-            const int64_t (&first_shift)[3], const PatchLayout& layout) {
-    count = 0;
-    for (int64_t d = 0; d < stretch[0].taps; ++d)
-      for (int64_t h = 0; h < stretch[1].taps; ++h)
-        for (int64_t w = 0; w < stretch[2].taps; ++w, ++count) {
-          const int64_t tap[3] = {stretch[0].tap + d, stretch[1].tap + h, stretch[2].tap + w};
-          number[count] = in_image[count] = in_weight[count] = 0;
-          for (int a = 0; a < 3; ++a) {
-            number[count] = number[count] * call.kernel[a] + grid[a].tap(tap[a]);
-            const int64_t at = grid[a].shift(tap[a]) - first_shift[a];
-            const bool halves = a == 2 && layout.odd > 0;
-            in_image[count] += halves ? at / 2 + at % 2 * layout.odd : at * layout.axis[a];
-            in_weight[count] += grid[a].tap(tap[a]) * call.weight_stride[a + 2];
-          }
-        }
-  }
-};
-
-// use(t, channel, tap, number) for term t of all, group after group and chain after chain. `number`
-// is the contract's.
-template <int Chains, class S, class Use>
-void each_term(const Images<S>& call, const Taps& taps, int64_t groups, int32_t* start,
-               int32_t* length, const Use& use) {
-  using K = Kind<S>;
-  const int64_t all_taps = call.kernel[0] * call.kernel[1] * call.kernel[2];
-  int64_t channel = taps.count > 0 ? 0 : call.image_channels, tap = 0, t = 0;
-  for (int64_t g = 0; g < groups; ++g) {
-    start[g] = static_cast<int32_t>(t);
-    const int64_t channel0 = channel, tap0 = tap;
-    for (int64_t chain = 0; chain < Chains; ++chain) {
-      const int64_t before = t;
-      channel = channel0;
-      tap = tap0;
-      while (channel < call.image_channels) {
-        const int64_t number = channel * all_taps + taps.number[tap];
-        if (number >= (g + 1) * K::group) break;
-        if (Chains == 1 || number % Chains == chain) use(t++, channel, tap, number);
-        if (++tap == taps.count) tap = 0, ++channel;
-      }
-      length[g * Chains + chain] = static_cast<int32_t>(t - before);
-    }
-  }
-  start[groups] = static_cast<int32_t>(t);
-}
 
 // The product of one tile of lanes for all rows of a box, `rows[i]` of part i: the groups from g0
 // to g1 on top of the totals of the earlier ones. `finish` takes the totals of a part's last group.
@@ -384,56 +129,500 @@ bool store_interleaved(const T* total, int64_t apart, int64_t vectors, int lanes
   return V::any(special);
 }
 
-// What the products of cut axes cost, in rows x taps, if `samples` of them share a box. A tile of
-// fewer than 4 rows takes as long: its chains wait for themselves.
-inline int64_t cost_of(const Cut& d, const Cut& h, const Cut& w, int64_t samples, bool wide,
-                       int64_t lanes, int64_t tile_rows) {
-  int64_t cost = 0;
-  for (int i = 0; i < d.count; ++i)
-    for (int j = 0; j < h.count; ++j)
-      for (int k = 0; k < w.count; ++k) {
-        const int64_t width = w.stretch[k].to - w.stretch[k].from;
-        const int64_t rows = samples * (d.stretch[i].to - d.stretch[i].from) *
-                             (h.stretch[j].to - h.stretch[j].from) *
-                             (wide ? up(width, lanes) : width);
-        const int64_t rest = rows % tile_rows;
-        cost += d.stretch[i].taps * h.stretch[j].taps * w.stretch[k].taps *
-                (rows - rest + (rest > 0 ? most(rest, 4) : 0));
-      }
-  return cost;
-}
-
-// Which axes to cut at the padding: those where that saves some of the work, or `all` that can be.
-// Vectors of pixels are not cut; shorter runs along w cost a little more to store.
+// One call as a product: its plan, which the threads share, and what a task does. A task is a box
+// of pixels for a block of lanes; its steps, from run_task on, follow each other below.
 template <class S>
-void choose_cuts(const Images<S>& call, const GridAxis (&grid)[3], bool wide, bool all,
-                 Cut (&cut)[3]) {
-  using T = typename Kind<S>::T;
-  constexpr int chains = Kind<S>::chains, lanes = Vec<T>::lanes;
-  const int tile_rows =
-      TileSize<T, chains>::rows_of(LaneBlock<T, chains>(call.lanes, 0, 1).tile(0).vecs);
-  const int64_t terms = call.image_channels * grid[0].taps * grid[1].taps * grid[2].taps;
-  const int64_t pixels = grid[0].count * grid[1].count * grid[2].count;
-  const int64_t samples = most(1, least(call.batch, rows_of_task / most(pixels, 1)));
-  const auto cost = [&] {
-    return cost_of(cut[0], cut[1], cut[2], samples, wide, lanes, tile_rows);
-  };
-  for (int a = 0; a < 3; ++a) cut[a] = Cut(grid[a]);
-  int64_t before = cost();
-  for (int a = 0; a < (wide ? 2 : 3); ++a) {
-    const GridAxis& axis = grid[a];
-    if (!axis.reads_padding() || axis.taps > Cut::most_taps || !Cut::all_taps_inside(axis))
-      continue;
-    cut[a].at_padding(axis);
-    const int64_t after = cost();
-    const int64_t parts = cut[0].count * cut[1].count * cut[2].count;
-    if (parts > most_parts || parts * terms > 1 << 17 ||
-        (!all && double(after) > (a == 2 ? 0.95 : 0.98) * double(before)))
-      cut[a] = Cut(axis);
-    else
-      before = after;
+class PixelProduct {
+  using K = Kind<S>;
+  using T = typename K::T;
+  using Size = TileSize<T, K::chains>;
+  static constexpr int L = Vec<T>::lanes;
+  static constexpr bool widens = !std::is_same_v<S, T>;
+
+ public:
+  PixelProduct(const Images<S>& call, const GridAxis (*grid)[3], int phases, bool may_cut)
+      : call_(call),
+        grid_(grid),
+        phases_(phases),
+        wide_(has_vectors_of_pixels(call, grid[0])),
+        all_taps_(call.kernel[0] * call.kernel[1] * call.kernel[2]),
+        cut_{Cut(grid[0][0]), Cut(grid[0][1]), Cut(grid[0][2])} {
+    for (int i = 0; i < phases; ++i) {
+      const int64_t taps = grid[i][0].taps * grid[i][1].taps * grid[i][2].taps;
+      terms_ += call.image_channels * taps;
+      most_taps_ = most(most_taps_, taps);
+    }
+    cut_axes(may_cut && phases == 1);
+    cut_boxes();
+    choose_layout();
   }
-}
+
+  // Can 32 bits count the elements between the terms of a row?
+  bool fits() const {
+    return !patched_ || (layout_.elements <= INT32_MAX / 2 &&
+                         layout_.channel * call_.image_channels <= INT32_MAX);
+  }
+
+  // Says whether an infinity or a NaN was written.
+  bool run() {
+    list_terms();
+    bool special = false;
+    const int64_t tasks = call_.groups * lane_blocks_ * boxes_;
+    parallel_for(tasks, most(1, work_of_task * tasks / most(work_, 1)), K::mode,
+                 [&](int64_t begin, int64_t end) {
+                   Workspace w = workspace();
+                   for (int64_t task = begin; task < end; ++task) run_task(task, w);
+                   if (w.special) __atomic_store_n(&special, true, __ATOMIC_RELAXED);
+                 });
+    return special;
+  }
+
+ private:
+  // ---- the plan --------------------------------------------------------------------------------
+
+  // What lies side by side are the terms of a pixel: then rows can be read in place, unless the
+  // pixels lie so far apart that their lines crowd few sets of the first cache.
+  void cut_axes(bool may_cut) {
+    terms_in_place_ = !widens && phases_ == 1 && call_.image_stride[1] == 1 && !wide_;
+    taps_in_place_ = terms_in_place_ && all_taps_ > 1 && pixel_pitch() <= pixel_bytes;
+    if (may_cut) choose_cuts(call_, grid_[0], wide_, taps_in_place_, cut_);
+    for (int a = 0; a < 3; ++a)
+      taps_in_place_ = taps_in_place_ && (cut_[a].count > 1 || !grid_[0][a].reads_padding());
+    if (may_cut && !taps_in_place_) choose_cuts(call_, grid_[0], wide_, false, cut_);
+    for (int a = 0; a < 3; ++a) reach_[a] = Reach(grid_, phases_, a, cut_[a].count > 1);
+  }
+  int64_t pixel_pitch() const {  // bytes
+    return std::llabs(call_.image_stride[4]) * int64_t{sizeof(S)};
+  }
+  bool channels_last() const { return call_.image_stride[1] == 1 && call_.image_stride[4] != 1; }
+  int64_t channels_in_group() const {
+    return least(call_.image_channels, (K::group - 1) / all_taps_ + 2);
+  }
+
+  // The pixels into boxes of about rows_of_task, or half of them if the channels of one group fill
+  // a patch; the lanes where that is not enough to share.
+  void cut_boxes() {
+    const int64_t pixels = reach_[0].count * reach_[1].count * reach_[2].count;
+    const int64_t threads = thread_count(), lane_vecs = up(call_.lanes, L);
+    work_ = call_.batch * call_.groups * pixels * terms_ * call_.lanes;
+    if (!wide_ && call_.batch * pixels * call_.groups < threads * rows_of_task / 2 &&
+        work_ > work_of_task)
+      lane_blocks_ = least(threads, up(lane_vecs, Size::vecs));
+    const int64_t pixels_of_patch = patch_bytes / (int64_t{sizeof(T)} * channels_in_group());
+    int64_t target = least(rows_of_task, most(rows_of_task / 2, pixels_of_patch));
+    if (phases_ > 1)
+      target = least(target, most(64, phase_bytes / (int64_t{sizeof(T)} * call_.lanes * phases_)));
+    if (channels_last() && all_taps_ > 1) {  // some channels are read at a time, lines hold more
+      const int64_t pixel = call_.image_channels * int64_t{sizeof(S)} * reach_[0].step *
+                            reach_[1].step * reach_[2].step;
+      target = least(target, most(source_bytes / pixel, rows_of_task / 4));
+    }
+    const int64_t wanted = up(threads, lane_blocks_ * call_.groups);
+    if (wanted > 1) target = least(target, most(up(call_.batch * pixels, wanted), 32));
+    piece_[0] = call_.batch;
+    if (pixels <= target) {
+      piece_[0] = up(call_.batch, most(target / most(pixels, 1), 1));
+    } else {
+      int64_t inner = pixels;
+      for (int a = 0; a < 3 && inner > target; ++a) {
+        const int64_t slice = inner / reach_[a].count;
+        piece_[a + 1] = slice >= target ? reach_[a].count : up(reach_[a].count, target / slice);
+        inner = slice;
+      }
+    }
+    boxes_ = piece_[0] * piece_[1] * piece_[2] * piece_[3];
+    box_samples_ = up(call_.batch, piece_[0]);
+    box_rows_ = box_samples_;
+    for (int a = 0; a < 3; ++a) {
+      const int64_t count = up(reach_[a].count, piece_[a + 1]);
+      box_rows_ *= a == 2 && wide_ ? up(count, L) : count;
+    }
+  }
+
+  // Does a row point into the image or into a patch? What a single tap reads serves no other tap,
+  // so it is not worth a copy where pixels, or the terms of a pixel, lie side by side.
+  void choose_layout() {
+    int64_t size[3], extent = call_.image_channels * std::llabs(call_.image_stride[1]);
+    bool padding = false;
+    for (int a = 0; a < 3; ++a) {
+      size[a] = reach_[a].most_size(up(reach_[a].count, piece_[a + 1]));
+      padding = padding || reach_[a].padding;
+      extent += size[a] * reach_[a].hop * std::llabs(call_.image_stride[a + 2]);
+    }
+    const bool whole_vectors = reach_[2].count >= piece_[3] * L;
+    const bool pixels_in_place = call_.image_stride[4] == 1 && (!wide_ || whole_vectors);
+    // Whole images without padding that stay in the cache are as good as a copy.
+    const bool whole_images =
+        pixels_in_place && boxes_ == piece_[0] &&
+        box_samples_ * std::llabs(call_.image_stride[0]) * int64_t{sizeof(T)} <= patch_bytes;
+    const bool tap_in_place = (all_taps_ == 1 || whole_images) && reach_[2].step == 1 &&
+                              (pixels_in_place || terms_in_place_);
+    // Vectors of few channels' pixels, whose terms lie side by side, are turned in registers.
+    turned_ = wide_ && !widens && all_taps_ == 1 && phases_ == 1 && !padding &&
+              call_.image_stride[1] == 1 && call_.lanes <= rows_turned &&
+              call_.image_channels % L == 0 &&
+              (call_.image_channels <= K::group || call_.image_channels % K::group == 0) &&
+              extent <= INT32_MAX && whole_vectors;
+    patched_ = !turned_ && (is_half_type<S> || phases_ > 1 || !(tap_in_place || taps_in_place_) ||
+                            padding || extent > INT32_MAX);
+    apart_ = !patched_ && terms_in_place_ && pixel_pitch() >= 64;
+
+    const int64_t plane = box_samples_ * size[0] * size[1] * size[2] * int64_t{sizeof(T)};
+    patch_channels_ = least(call_.image_channels, most(patch_bytes / plane, channels_in_group()));
+    one_chunk_ = turned_ || patch_channels_ == call_.image_channels;
+    // Vectors of pixels that a stride of 2 steps through: every second element of a row side by
+    // side.
+    const bool halves = wide_ && reach_[2].step == 2 && reach_[2].hop == 1;
+    if (patched_) {
+      layout_ = channels_last() && !wide_ ? PatchLayout::by_pixel(patch_channels_, size)
+                                          : PatchLayout::of(patch_channels_, size, halves);
+    } else {
+      layout_.channel = call_.image_stride[1];
+      for (int a = 0; a < 3; ++a) layout_.axis[a] = call_.image_stride[a + 2];
+    }
+    for (int a = 0; a < 3; ++a)
+      row_step_[a] = reach_[a].step / (patched_ ? reach_[a].hop : 1) * layout_.axis[a];
+    if (halves) row_step_[2] = 1;
+    // Phases of few channels along w are stored together.
+    const int64_t stride = grid_[0][2].step;
+    if (wide_ && call_.target_stride[4] == 1 && (stride == 2 || stride == 4) && phases_ >= stride &&
+        grid_[stride - 1][2].first == stride - 1)
+      at_once_ = static_cast<int>(stride);
+  }
+
+  // The tables of the phases and their parts.
+  void list_terms() {
+    groups_ = up(call_.image_channels * all_taps_, K::group);
+    parts_ = cut_[0].count * cut_[1].count * cut_[2].count;
+    const int64_t terms_of_parts =
+        phases_ > 1 ? terms_
+                    : call_.image_channels * cut_[0].taps() * cut_[1].taps() * cut_[2].taps();
+    constexpr size_t rounding = Arena::bytes_for<char>(64);  // of one piece more
+    Arena& plan = plan_arena();
+    plan.reset(Arena::bytes_for<Phase>(phases_) + Arena::bytes_for<int32_t>(terms_) +
+               Arena::bytes_for<Term>(terms_of_parts) +
+               phases_ * (Arena::bytes_for<Part>(parts_) + rounding) +
+               phases_ * (parts_ + 1) *
+                   (Arena::bytes_for<int32_t>(groups_ + 1) + rounding +
+                    Arena::bytes_for<int32_t>(groups_ * K::chains)) +
+               Arena::bytes_for<int32_t>(call_.image_channels * all_taps_) +
+               3 * Arena::bytes_for<int64_t>(most_taps_));
+    phase_ = plan.take<Phase>(phases_);
+    int32_t* const packed = plan.take<int32_t>(call_.image_channels * all_taps_);
+    Taps taps(plan, most_taps_);
+    int64_t first_shift[3] = {0, 0, 0};
+    for (int a = 0; a < 3 && patched_; ++a) first_shift[a] = reach_[a].first_shift;
+    for (int i = 0; i < phases_; ++i) {
+      Phase& p = phase_[i];
+      for (int a = 0; a < 3; ++a) {
+        p.grid[a] = grid_[i][a];
+        if (phases_ > 1) cut_[a] = Cut(p.grid[a]);
+      }
+      const Cut whole[3] = {Cut(p.grid[0]), Cut(p.grid[1]), Cut(p.grid[2])};
+      taps.list(call_, p.grid, {whole[0].stretch[0], whole[1].stretch[0], whole[2].stretch[0]},
+                first_shift, layout_);
+      p.start = plan.take<int32_t>(groups_ + 1);
+      p.lane = plan.take<int32_t>(call_.image_channels * taps.count);
+      int32_t* const length = plan.take<int32_t>(groups_);
+      each_term<1>(call_, taps, groups_, p.start, length,
+                   [&](int64_t t, int64_t channel, int64_t tap, int64_t number) {
+                     p.lane[t] =
+                         static_cast<int32_t>(channel * call_.channel_stride + taps.in_weight[tap]);
+                     packed[number] = static_cast<int32_t>(t - p.start[number / K::group]);
+                   });
+      p.parts = 0;
+      p.part = plan.take<Part>(parts_);
+      for (int d = 0; d < cut_[0].count; ++d)
+        for (int h = 0; h < cut_[1].count; ++h)
+          for (int w = 0; w < cut_[2].count; ++w) {
+            Part& part = p.part[p.parts++];
+            const Stretch* const s[3] = {&cut_[0].stretch[d], &cut_[1].stretch[h],
+                                         &cut_[2].stretch[w]};
+            for (int a = 0; a < 3; ++a) part.stretch[a] = *s[a];
+            taps.list(call_, p.grid, part.stretch, first_shift, layout_);
+            part.start = plan.take<int32_t>(groups_ + 1);
+            part.length = plan.take<int32_t>(groups_ * K::chains);
+            part.term = plan.take<Term>(call_.image_channels * taps.count);
+            each_term<K::chains>(call_, taps, groups_, part.start, part.length,
+                                 [&](int64_t t, int64_t channel, int64_t tap, int64_t number) {
+                                   const int64_t in_place =
+                                       channel * layout_.channel + taps.in_image[tap];
+                                   part.term[t] = {static_cast<int32_t>(in_place), packed[number]};
+                                 });
+            part.last_group = 0;
+            for (int64_t g = 1; g < groups_; ++g)
+              if (part.start[g] < part.start[g + 1]) part.last_group = g;
+          }
+    }
+  }
+
+  // ---- a task ----------------------------------------------------------------------------------
+
+  struct Workspace {
+    T *totals, *panel, *patch, *bias;
+    const T** row;                // of each phase, part after part
+    int64_t *position, *rows_of;  // of each row in the result; of each part of each phase
+    bool special = false;         // was an infinity or a NaN stored?
+  };
+  struct Place {  // of a task: pixels [lower, upper) of n, d, h, w, and what they read
+    int64_t group, lane_block, lower[4], upper[4];
+    Box box;
+    const S* image;
+  };
+
+  int64_t most_lanes() const {
+    return wide_ ? call_.lanes : up(up(call_.lanes, L), lane_blocks_) * L;
+  }
+  // Totals are kept from chunk to chunk, else only those of one tile of lanes.
+  int64_t totals_of_phase() const {
+    const int64_t all = wide_ ? call_.lanes * L : most_lanes();
+    return box_rows_ * (one_chunk_ ? least(all, L * (wide_ ? Size::rows : Size::vecs)) : all);
+  }
+
+  Workspace workspace() const {
+    const int64_t totals = totals_of_phase() * (one_chunk_ ? at_once_ : phases_);
+    const int64_t panel = K::group * (wide_ ? Size::rows : L * Size::vecs);
+    const int64_t patch = patched_ ? box_samples_ * layout_.elements + L : 0;
+    const int64_t bias = up(most_lanes(), L) * L, rows = box_rows_ * phases_;
+    Arena& arena = task_arena();
+    arena.reset(Arena::bytes_for<T>(totals) + Arena::bytes_for<T>(panel) +
+                Arena::bytes_for<T>(patch) + Arena::bytes_for<T>(bias) +
+                Arena::bytes_for<const T*>(rows) + Arena::bytes_for<int64_t>(rows) +
+                Arena::bytes_for<int64_t>(phases_ * parts_));
+    Workspace w;
+    w.totals = arena.take<T>(totals);
+    w.panel = arena.take<T>(panel);
+    w.patch = arena.take<T>(patch);
+    w.bias = arena.take<T>(bias);
+    w.row = arena.take<const T*>(rows);
+    w.position = arena.take<int64_t>(rows);
+    w.rows_of = arena.take<int64_t>(phases_ * parts_);
+    return w;
+  }
+
+  void run_task(int64_t task, Workspace& w) const {
+    const Place place = place_of(task);
+    find_rows(place, w);
+    int64_t chunk_channel = 0;  // what channel the row pointers stand at
+    for (int64_t g0 = 0, g1; g0 < groups_; g0 = g1) {
+      // A chunk: the groups whose channels fit into the patch.
+      g1 = groups_;
+      if (!one_chunk_) {
+        const int64_t first_channel = g0 * K::group / all_taps_;
+        if (first_channel + patch_channels_ < call_.image_channels)
+          g1 = least(groups_,
+                     most(g0 + 1, (first_channel + patch_channels_) * all_taps_ / K::group));
+        const int64_t move = (first_channel - chunk_channel) * layout_.channel;
+        for (int64_t r = 0; r < phases_ * box_rows_ && patched_; ++r) w.row[r] -= move;
+        chunk_channel = first_channel;
+      }
+      if (patched_) {
+        const int64_t end = least(up(g1 * K::group, all_taps_), call_.image_channels);
+        fill_patch(place, w.patch, chunk_channel, end - chunk_channel);
+      }
+      multiply_groups(place, w, g0, g1);
+    }
+  }
+
+  Place place_of(int64_t task) const {
+    Place place;
+    int64_t rest = task % boxes_;
+    place.lane_block = task / boxes_ % lane_blocks_;
+    place.group = task / boxes_ / lane_blocks_;
+    place.image = call_.image + place.group * call_.image_channels * call_.image_stride[1];
+    for (int a = 3; a >= 0; --a) {
+      const int64_t count = a ? reach_[a - 1].count : call_.batch;
+      place.lower[a] = cut_at(count, piece_[a], rest % piece_[a]);
+      place.upper[a] = cut_at(count, piece_[a], rest % piece_[a] + 1);
+      rest /= piece_[a];
+    }
+    for (int a = 0; a < 3; ++a) {
+      place.box.from[a] = reach_[a].from(place.lower[a + 1]);
+      place.box.to[a] = most(reach_[a].to(place.upper[a + 1]), place.box.from[a]);
+    }
+    return place;
+  }
+
+  // The rows of each part of each phase, and where they will be stored.
+  void find_rows(const Place& place, Workspace& w) const {
+    const int64_t *const lower = place.lower, *const upper = place.upper;
+    int64_t shift = 0;  // of a row's pointer, where the box begins later than its reads would
+    for (int a = 0; a < 3; ++a)
+      shift += (lower[a + 1] * reach_[a].step + reach_[a].first_shift - place.box.from[a]) *
+               layout_.axis[a];
+    int64_t next = 0;
+    for (int64_t i = 0; i < phases_ * parts_; ++i) {
+      const GridAxis(&grid)[3] = phase_[i / parts_].grid;
+      const Part& part = phase_[i / parts_].part[i % parts_];
+      int64_t from_pixel[3], to_pixel[3];
+      for (int a = 0; a < 3; ++a) {
+        from_pixel[a] = most(lower[a + 1], part.stretch[a].from);
+        to_pixel[a] = least(upper[a + 1], part.stretch[a].to);
+      }
+      // A phase with a pixel less has it nevertheless; it is not stored.
+      if (at_once_ > 1) to_pixel[2] = upper[3];
+      if (i % parts_ == 0) next = i / parts_ * box_rows_;
+      const int64_t first = next, width = to_pixel[2] - from_pixel[2];
+      for (int64_t n = lower[0]; n < upper[0]; ++n)
+        for (int64_t d = from_pixel[0]; d < to_pixel[0]; ++d)
+          for (int64_t h = from_pixel[1]; h < to_pixel[1]; ++h) {
+            const int64_t at[3] = {d, h, from_pixel[2]};
+            int64_t to = n * call_.target_stride[0];
+            int64_t from =
+                patched_ ? (n - lower[0]) * layout_.elements + shift : n * call_.image_stride[0];
+            for (int a = 0; a < 3; ++a) {
+              to += (grid[a].first + at[a] * grid[a].step) * call_.target_stride[a + 2];
+              from += (at[a] - (patched_ ? lower[a + 1] : 0)) * row_step_[a];
+            }
+            const T* pointer = patched_ ? w.patch : reinterpret_cast<const T*>(place.image);
+            pointer += from;
+            for (int64_t x = 0; x < width; x += wide_ ? L : 1) {
+              // The last vector of a row that is not a multiple overlaps the one before.
+              if (wide_ && x + L > width) x = most(width - L, 0);
+              w.row[next] = pointer + x * row_step_[2];
+              w.position[next++] = to + x * grid[2].step * call_.target_stride[4];
+            }
+          }
+      w.rows_of[i] = next - first;
+    }
+  }
+
+  void fill_patch(const Place& place, T* patch, int64_t first, int64_t channels) const {
+    const int64_t image_size[3] = {reach_[0].image_size, reach_[1].image_size,
+                                   reach_[2].image_size};
+    const int64_t hop[3] = {reach_[0].hop, reach_[1].hop, reach_[2].hop};
+    for (int64_t n = place.lower[0]; n < place.upper[0]; ++n)
+      copy_patch(patch + (n - place.lower[0]) * layout_.elements, layout_,
+                 place.image + n * call_.image_stride[0] + first * call_.image_stride[1],
+                 call_.image_stride[1], call_.image_stride + 2, image_size, place.box, hop,
+                 channels);
+  }
+
+  // The groups from g0 to g1 for all tiles of lanes, phase after phase.
+  void multiply_groups(const Place& place, Workspace& w, int64_t g0, int64_t g1) const {
+    const LaneBlock<T, K::chains> block(call_.lanes, place.lane_block, lane_blocks_);
+    const int64_t tiles = wide_ ? up(call_.lanes, Size::rows) : block.tiles;
+    for (int i = 0; i < phases_; i += at_once_) {
+      int64_t rows = 0;
+      for (int64_t j = 0; j < parts_; ++j) rows += w.rows_of[i * parts_ + j];
+      T* total = w.totals + (one_chunk_ ? 0 : i * totals_of_phase());
+      for (int64_t j = 0; j < tiles && rows > 0; ++j) {
+        LaneTile tile;
+        if (wide_) {
+          tile.first = cut_at(call_.lanes, tiles, j);
+          tile.lanes = static_cast<int>(cut_at(call_.lanes, tiles, j + 1) - tile.first);
+          tile.vecs = 0;
+        } else {
+          tile = block.tile(j);
+        }
+        multiply_tile(place, w, i, rows, tile, g0, g1, total);
+        if (!one_chunk_) total += rows * (wide_ ? tile.lanes : tile.vecs) * L;
+      }
+    }
+  }
+
+  // One tile of lanes for phase i, or those that are stored together; after the last group it is
+  // stored.
+  void multiply_tile(const Place& place, Workspace& w, int i, int64_t rows, const LaneTile& tile,
+                     int64_t g0, int64_t g1, T* total) const {
+    const int64_t channel = place.group * call_.lanes + tile.first;
+    for (int64_t l = 0; l < up(tile.lanes, L) * L; ++l) {
+      w.bias[l] = call_.bias && l < tile.lanes ? widened(call_.bias[channel + l]) : T(0);
+      if (!is_half_type<S>) w.bias[l] += T(0);  // +0 instead of -0
+    }
+    const S* const weight =
+        call_.weight + place.group * call_.group_stride + tile.first * call_.lane_stride;
+    S* const to = call_.target + channel * call_.target_stride[1];
+    const int64_t to_pixel = phase_[i].grid[2].step * call_.target_stride[4];
+    const int64_t width = least(place.upper[3], phase_[i].grid[2].count) - place.lower[3];
+    const int pixels = static_cast<int>(least(width, L));
+    if constexpr (!widens) {
+      if (turned_) {
+        multiply_turned_rows(w, rows, tile, weight, total);
+      } else {
+        // Vectors that lie side by side in the result are stored out of the registers.
+        Finish<T> finish{to,     w.position + i * box_rows_,  call_.target_stride[1],
+                         w.bias, wide_ ? pixels : tile.lanes, &w.special};
+        const bool finishes = wide_ ? to_pixel == 1 : call_.target_stride[1] == 1;
+        multiply_phases(w, i, tile, weight, g0, g1, total, finishes ? &finish : nullptr);
+        if (finishes) return;
+      }
+    } else {
+      multiply_phases(w, i, tile, weight, g0, g1, total, nullptr);
+    }
+    if (g1 == groups_) store(place, w, i, rows, tile, total, to, to_pixel, width);
+  }
+
+  void multiply_phases(const Workspace& w, int i, const LaneTile& tile, const S* weight, int64_t g0,
+                       int64_t g1, T* total, const Finish<T>* finish) const {
+    // What lies side by side in the weight: the taps of a channel, or the channels of a tap.
+    const int64_t step = call_.channel_stride == 1 ? most_taps_ : 1;
+    for (int k = i; k < i + at_once_; ++k)
+      multiply_lanes(call_, phase_[k], weight, tile, g0, g1, wide_, apart_, step,
+                     w.row + k * box_rows_, w.rows_of + k * parts_, w.panel,
+                     total + (k - i) * totals_of_phase(), finish);
+  }
+
+  void multiply_turned_rows(const Workspace& w, int64_t rows, const LaneTile& tile, const T* weight,
+                            T* total) const {
+    const T* filter[rows_turned];
+    for (int l = 0; l < tile.lanes; ++l) filter[l] = weight + l * call_.lane_stride;
+    each_wide_run<T, 1>(tile.lanes, rows, [&](Tiles<T>, int64_t v, int64_t run, int vecs) {
+      for (int64_t k = 0; k < run * vecs; ++k)
+        turned_of<T>(tile.lanes)(
+            filter, call_.channel_stride, w.row[v + k] + phase_->part->term->in_place, row_step_[2],
+            L * row_step_[2], groups_, call_.image_channels / groups_,
+            total + ((v + k / vecs * vecs) * tile.lanes + k % vecs) * L, vecs * L, false);
+    });
+  }
+
+  void store(const Place& place, Workspace& w, int i, int64_t rows, const LaneTile& tile,
+             const T* total, S* to, int64_t to_pixel, int64_t width) const {
+    const int64_t to_channel = call_.target_stride[1];
+    const int64_t* to_row = w.position + i * box_rows_;
+    const int pixels = static_cast<int>(least(width, L));
+    if (at_once_ > 1) {
+      int64_t size = 0;  // of the result's rows
+      for (int k = i; k < i + at_once_; ++k) size += phase_[k].grid[2].count;
+      const int64_t last = place.lower[3] + most(width - L, 0);  // pixel of the last vector
+      const Interleaved order{up(width, L), least(at_once_ * pixels, size - last * at_once_)};
+      const auto store = at_once_ == 2 ? store_interleaved<2, T, K::chains, S>
+                                       : store_interleaved<4, T, K::chains, S>;
+      w.special |=
+          store(total, totals_of_phase(), rows, tile.lanes, w.bias, to, to_row, to_channel, order);
+    } else if (wide_) {
+      for (int64_t k = 0; k < parts_; ++k) {
+        const int64_t some = w.rows_of[i * parts_ + k];
+        w.special |= store_vectors<T, K::chains>(total, some, tile.lanes, w.bias, to, to_row,
+                                                 to_channel, to_pixel, pixels);
+        total += some * tile.lanes * L;
+        to_row += some;
+      }
+    } else {
+      w.special |= store_rows(total, rows, tile.vecs, tile.lanes, w.bias, to, to_row, to_channel);
+    }
+  }
+
+  const Images<S>& call_;
+  const GridAxis (*const grid_)[3];
+  const int phases_;
+  const bool wide_;         // are vectors of pixels the lanes?
+  const int64_t all_taps_;  // of the kernel
+  int64_t terms_ = 0, most_taps_ = 0;
+  Cut cut_[3];
+  Reach reach_[3];
+  bool terms_in_place_, taps_in_place_;
+  int64_t work_, lane_blocks_ = 1, boxes_, box_samples_, box_rows_;
+  int64_t piece_[4] = {1, 1, 1, 1};  // so many of n, d, h, w
+  PatchLayout layout_;
+  bool patched_, turned_, apart_;  // apart: each row reads lines of its own
+  bool one_chunk_;
+  int64_t patch_channels_;
+  int64_t row_step_[3];  // from pixel to pixel, in the image or the patch
+  int at_once_ = 1;      // phases that are stored together
+  int64_t groups_, parts_;
+  Phase* phase_;
+};
 
 // Writes the pixels of the grids: of one, or of the stride phases of one call. Returns false to
 // decline; `special` becomes true if an infinity or a NaN was written. With `may_cut`, products
@@ -441,396 +630,9 @@ void choose_cuts(const Images<S>& call, const GridAxis (&grid)[3], bool wide, bo
 template <class S>
 bool multiply_images(const Images<S>& call, const GridAxis (*grid)[3], int phases, bool may_cut,
                      bool& special) {
-  using K = Kind<S>;
-  using T = typename K::T;
-  using Size = TileSize<T, K::chains>;
-  constexpr int L = Vec<T>::lanes;
-  const int64_t all_taps = call.kernel[0] * call.kernel[1] * call.kernel[2];
-  const bool wide = has_vectors_of_pixels(call, grid[0]);
-  const int64_t lane_vecs = up(call.lanes, L);
-  int64_t terms = 0, most_taps = 0;
-  for (int i = 0; i < phases; ++i) {
-    const int64_t taps = grid[i][0].taps * grid[i][1].taps * grid[i][2].taps;
-    terms += call.image_channels * taps;
-    most_taps = most(most_taps, taps);
-  }
-  Cut cut[3] = {Cut(grid[0][0]), Cut(grid[0][1]), Cut(grid[0][2])};
-  // What lies side by side are the terms of a pixel: then rows can be read in place, unless the
-  // pixels lie so far apart that their lines crowd few sets of the first cache.
-  const bool terms_in_place =
-      std::is_same_v<S, T> && phases == 1 && call.image_stride[1] == 1 && !wide;
-  bool taps_in_place = terms_in_place && all_taps > 1 &&
-                       std::llabs(call.image_stride[4]) * int64_t{sizeof(S)} <= pixel_bytes;
-  if (may_cut && phases == 1) choose_cuts(call, grid[0], wide, taps_in_place, cut);
-  for (int a = 0; a < 3; ++a)
-    taps_in_place = taps_in_place && (cut[a].count > 1 || !grid[0][a].reads_padding());
-  if (may_cut && phases == 1 && !taps_in_place) choose_cuts(call, grid[0], wide, false, cut);
-  const Reach reach[3] = {Reach(grid, phases, 0, cut[0].count > 1),
-                          Reach(grid, phases, 1, cut[1].count > 1),
-                          Reach(grid, phases, 2, cut[2].count > 1)};
-  const int64_t pixels = reach[0].count * reach[1].count * reach[2].count;
-
-  // Cut the pixels into boxes of about rows_of_task, or half of them if the channels of one group
-  // fill a patch; the lanes where that is not enough to share.
-  const int64_t threads = thread_count();
-  const int64_t work = call.batch * call.groups * pixels * terms * call.lanes;
-  int64_t lane_blocks = 1;
-  if (!wide && call.batch * pixels * call.groups < threads * rows_of_task / 2 &&
-      work > work_of_task)
-    lane_blocks = least(threads, up(lane_vecs, Size::vecs));
-  const int64_t channels_in_group = least(call.image_channels, (K::group - 1) / all_taps + 2);
-  const int64_t pixels_of_patch = patch_bytes / (int64_t{sizeof(T)} * channels_in_group);
-  int64_t target = least(rows_of_task, most(rows_of_task / 2, pixels_of_patch));
-  if (phases > 1)
-    target = least(target, most(64, phase_bytes / (int64_t{sizeof(T)} * call.lanes * phases)));
-  const bool channels_last = call.image_stride[1] == 1 && call.image_stride[4] != 1;
-  if (channels_last && all_taps > 1) {  // some channels are read at a time, but lines hold more
-    const int64_t pixel =
-        call.image_channels * int64_t{sizeof(S)} * reach[0].step * reach[1].step * reach[2].step;
-    target = least(target, most(source_bytes / pixel, rows_of_task / 4));
-  }
-  const int64_t wanted = up(threads, lane_blocks * call.groups);
-  if (wanted > 1) target = least(target, most(up(call.batch * pixels, wanted), 32));
-  int64_t part[4] = {call.batch, 1, 1, 1};  // pieces of n, d, h, w
-  if (pixels <= target) {
-    part[0] = up(call.batch, most(target / most(pixels, 1), 1));
-  } else {
-    int64_t inner = pixels;
-    for (int a = 0; a < 3 && inner > target; ++a) {
-      const int64_t slice = inner / reach[a].count;
-      part[a + 1] = slice >= target ? reach[a].count : up(reach[a].count, target / slice);
-      inner = slice;
-    }
-  }
-  const int64_t boxes = part[0] * part[1] * part[2] * part[3];
-  const int64_t box_samples = up(call.batch, part[0]);
-  int64_t patch_size[3], box_rows = box_samples;
-  for (int a = 0; a < 3; ++a) {
-    const int64_t count = up(reach[a].count, part[a + 1]);
-    box_rows *= a == 2 && wide ? up(count, L) : count;
-    patch_size[a] = reach[a].most_size(count);
-  }
-
-  // Does a row point into the image or into a patch? What a single tap reads serves no other tap,
-  // so it is not worth a copy where pixels, or the terms of a pixel, lie side by side.
-  const bool pixels_in_place =
-      call.image_stride[4] == 1 && (!wide || reach[2].count >= part[3] * L);
-  // Whole images without padding that stay in the cache are as good as a copy.
-  const bool whole_images =
-      pixels_in_place && boxes == part[0] &&
-      box_samples * std::llabs(call.image_stride[0]) * int64_t{sizeof(T)} <= patch_bytes;
-  const bool tap_in_place =
-      (all_taps == 1 || whole_images) && reach[2].step == 1 && (pixels_in_place || terms_in_place);
-  bool patched = is_half_type<S> || phases > 1 || !(tap_in_place || taps_in_place);
-  int64_t extent = call.image_channels * std::llabs(call.image_stride[1]);
-  for (int a = 0; a < 3; ++a) {
-    patched = patched || reach[a].padding;
-    extent += patch_size[a] * reach[a].hop * std::llabs(call.image_stride[a + 2]);
-  }
-  patched = patched || extent > INT32_MAX;
-  // Vectors of few channels' pixels, whose terms lie side by side, are turned in registers.
-  const bool turned = wide && std::is_same_v<S, T> && all_taps == 1 && phases == 1 &&
-                      !reach[0].padding && !reach[1].padding && !reach[2].padding &&
-                      call.image_stride[1] == 1 && call.lanes <= rows_turned &&
-                      call.image_channels % L == 0 &&
-                      (call.image_channels <= K::group || call.image_channels % K::group == 0) &&
-                      extent <= INT32_MAX && reach[2].count >= part[3] * L;
-  patched = patched && !turned;
-  // Does each row read lines of its own?
-  const bool apart =
-      !patched && terms_in_place && std::llabs(call.image_stride[4]) * int64_t{sizeof(S)} >= 64;
-  const int64_t plane =
-      box_samples * patch_size[0] * patch_size[1] * patch_size[2] * int64_t{sizeof(T)};
-  const int64_t patch_channels =
-      least(call.image_channels, most(patch_bytes / plane, channels_in_group));
-  // Vectors of pixels that a stride of 2 steps through: every second element of a row side by side.
-  const bool halves = wide && reach[2].step == 2 && reach[2].hop == 1;
-  PatchLayout layout;
-  if (patched) {
-    layout = channels_last && !wide ? PatchLayout::by_pixel(patch_channels, patch_size)
-                                    : PatchLayout::of(patch_channels, patch_size, halves);
-    if (layout.elements > INT32_MAX / 2 || layout.channel * call.image_channels > INT32_MAX)
-      return false;
-  } else {
-    layout.channel = call.image_stride[1];
-    for (int a = 0; a < 3; ++a) layout.axis[a] = call.image_stride[a + 2];
-  }
-  const bool one_chunk = turned || patch_channels == call.image_channels;
-
-  // The terms.
-  const int64_t groups = up(call.image_channels * all_taps, K::group);
-  const int64_t parts = cut[0].count * cut[1].count * cut[2].count;
-  const int64_t terms_of_parts =
-      phases > 1 ? terms : call.image_channels * cut[0].taps() * cut[1].taps() * cut[2].taps();
-  constexpr size_t rounding = Arena::bytes_for<char>(64);  // of one piece more
-  Arena& plan = plan_arena();
-  plan.reset(Arena::bytes_for<Phase>(phases) + Arena::bytes_for<int32_t>(terms) +
-             Arena::bytes_for<Term>(terms_of_parts) +
-             phases * (Arena::bytes_for<Part>(parts) + rounding) +
-             phases * (parts + 1) *
-                 (Arena::bytes_for<int32_t>(groups + 1) + rounding +
-                  Arena::bytes_for<int32_t>(groups * K::chains)) +
-             Arena::bytes_for<int32_t>(call.image_channels * all_taps) +
-             3 * Arena::bytes_for<int64_t>(most_taps));
-  Phase* const phase = plan.take<Phase>(phases);
-  int32_t* const packed = plan.take<int32_t>(call.image_channels * all_taps);
-  Taps taps(plan, most_taps);
-  int64_t first_shift[3] = {0, 0, 0};
-  for (int a = 0; a < 3 && patched; ++a) first_shift[a] = reach[a].first_shift;
-  for (int i = 0; i < phases; ++i) {
-    Phase& p = phase[i];
-    for (int a = 0; a < 3; ++a) {
-      p.grid[a] = grid[i][a];
-      if (phases > 1) cut[a] = Cut(p.grid[a]);
-    }
-    const Cut whole[3] = {Cut(p.grid[0]), Cut(p.grid[1]), Cut(p.grid[2])};
-    taps.list(call, p.grid, {whole[0].stretch[0], whole[1].stretch[0], whole[2].stretch[0]},
-              first_shift, layout);
-    p.start = plan.take<int32_t>(groups + 1);
-    p.lane = plan.take<int32_t>(call.image_channels * taps.count);
-    int32_t* const length = plan.take<int32_t>(groups);
-    each_term<1>(call, taps, groups, p.start, length,
-                 [&](int64_t t, int64_t channel, int64_t tap, int64_t number) {
-                   p.lane[t] =
-                       static_cast<int32_t>(channel * call.channel_stride + taps.in_weight[tap]);
-                   packed[number] = static_cast<int32_t>(t - p.start[number / K::group]);
-                 });
-    p.parts = 0;
-    p.part = plan.take<Part>(parts);
-    for (int d = 0; d < cut[0].count; ++d)
-      for (int h = 0; h < cut[1].count; ++h)
-        for (int w = 0; w < cut[2].count; ++w) {
-          Part& part = p.part[p.parts++];
-          const Stretch* const s[3] = {&cut[0].stretch[d], &cut[1].stretch[h], &cut[2].stretch[w]};
-          for (int a = 0; a < 3; ++a) part.stretch[a] = *s[a];
-          taps.list(call, p.grid, part.stretch, first_shift, layout);
-          part.start = plan.take<int32_t>(groups + 1);
-          part.length = plan.take<int32_t>(groups * K::chains);
-          part.term = plan.take<Term>(call.image_channels * taps.count);
-          each_term<K::chains>(
-              call, taps, groups, part.start, part.length,
-              [&](int64_t t, int64_t channel, int64_t tap, int64_t number) {
-                part.term[t] = {static_cast<int32_t>(channel * layout.channel + taps.in_image[tap]),
-                                packed[number]};
-              });
-          part.last_group = 0;
-          for (int64_t g = 1; g < groups; ++g)
-            if (part.start[g] < part.start[g + 1]) part.last_group = g;
-        }
-  }
-
-  // Phases of few channels along w are stored together.
-  const int64_t stride = phase[0].grid[2].step;
-  const bool interleaves = wide && call.target_stride[4] == 1 && (stride == 2 || stride == 4) &&
-                           phases >= stride && phase[stride - 1].grid[2].first == stride - 1;
-  const int at_once = interleaves ? static_cast<int>(stride) : 1;  // phases
-
-  int64_t row_step[3], hop[3];  // from pixel to pixel, in the image or the patch
-  for (int a = 0; a < 3; ++a) {
-    hop[a] = reach[a].hop;
-    row_step[a] = reach[a].step / (patched ? hop[a] : 1) * layout.axis[a];
-    if (a == 2 && halves) row_step[a] = 1;
-  }
-  // What lies side by side in the weight: the taps of a channel, or the channels of a tap.
-  const int64_t step = call.channel_stride == 1 ? most_taps : 1;
-  const int64_t tasks = call.groups * lane_blocks * boxes;
-  parallel_for(
-      tasks, most(1, work_of_task * tasks / most(work, 1)), K::mode,
-      [&](int64_t begin, int64_t end) {
-        Arena& arena = task_arena();
-        const int64_t most_lanes = wide ? call.lanes : up(lane_vecs, lane_blocks) * L;
-        // Of a row; they are kept from chunk to chunk, else only those of one tile of lanes.
-        const int64_t all_totals = wide ? call.lanes * L : most_lanes;
-        const int64_t totals_of_tile = L * (wide ? Size::rows : Size::vecs);
-        const int64_t totals_of_phase =
-            box_rows * (one_chunk ? least(all_totals, totals_of_tile) : all_totals);
-        const int64_t total_size = totals_of_phase * (one_chunk ? at_once : phases);
-        const int64_t panel_size = K::group * (wide ? Size::rows : L * Size::vecs);
-        const int64_t patch_elements = patched ? box_samples * layout.elements + L : 0;
-        const int64_t bias_size = up(most_lanes, L) * L;
-        arena.reset(Arena::bytes_for<T>(total_size) + Arena::bytes_for<T>(panel_size) +
-                    Arena::bytes_for<T>(patch_elements) + Arena::bytes_for<T>(bias_size) +
-                    Arena::bytes_for<const T*>(box_rows * phases) +
-                    Arena::bytes_for<int64_t>(box_rows * phases) +
-                    Arena::bytes_for<int64_t>(phases * parts));
-        T* const totals = arena.take<T>(total_size);
-        T* const panel = arena.take<T>(panel_size);
-        T* const patch = arena.take<T>(patch_elements);
-        T* const bias = arena.take<T>(bias_size);
-        const T** const row = arena.take<const T*>(box_rows * phases);
-        int64_t* const position = arena.take<int64_t>(box_rows * phases);
-        int64_t* const rows_of = arena.take<int64_t>(phases * parts);
-        bool task_special = false;
-
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t box_index = task % boxes;
-          const int64_t lane_block = task / boxes % lane_blocks;
-          const int64_t group = task / boxes / lane_blocks;
-          int64_t rest = box_index, lower[4], upper[4];
-          for (int a = 3; a >= 0; --a) {
-            const int64_t count = a ? reach[a - 1].count : call.batch;
-            lower[a] = cut_at(count, part[a], rest % part[a]);
-            upper[a] = cut_at(count, part[a], rest % part[a] + 1);
-            rest /= part[a];
-          }
-          const S* const image = call.image + group * call.image_channels * call.image_stride[1];
-          int64_t next = 0;
-          Box box;
-          int64_t shift = 0;  // of a row's pointer, where the box begins later than its reads would
-          for (int a = 0; a < 3; ++a) {
-            box.from[a] = reach[a].from(lower[a + 1]);
-            box.to[a] = most(reach[a].to(upper[a + 1]), box.from[a]);
-            shift += (lower[a + 1] * reach[a].step + reach[a].first_shift - box.from[a]) *
-                     layout.axis[a];
-          }
-
-          // The rows of each part of each phase, and where they will be stored.
-          for (int64_t i = 0; i < phases * parts; ++i) {
-            const GridAxis(&grid_of)[3] = phase[i / parts].grid;
-            const Part& part_of = phase[i / parts].part[i % parts];
-            int64_t from_pixel[3], to_pixel[3];
-            for (int a = 0; a < 3; ++a) {
-              from_pixel[a] = most(lower[a + 1], part_of.stretch[a].from);
-              to_pixel[a] = least(upper[a + 1], part_of.stretch[a].to);
-            }
-            // A phase with a pixel less has it nevertheless; it is not stored.
-            if (at_once > 1) to_pixel[2] = upper[3];
-            if (i % parts == 0) next = i / parts * box_rows;
-            const int64_t first = next, width = to_pixel[2] - from_pixel[2];
-            for (int64_t n = lower[0]; n < upper[0]; ++n)
-              for (int64_t d = from_pixel[0]; d < to_pixel[0]; ++d)
-                for (int64_t h = from_pixel[1]; h < to_pixel[1]; ++h) {
-                  const int64_t at[3] = {d, h, from_pixel[2]};
-                  int64_t to = n * call.target_stride[0];
-                  int64_t from =
-                      patched ? (n - lower[0]) * layout.elements + shift : n * call.image_stride[0];
-                  for (int a = 0; a < 3; ++a) {
-                    to += (grid_of[a].first + at[a] * grid_of[a].step) * call.target_stride[a + 2];
-                    from += (at[a] - (patched ? lower[a + 1] : 0)) * row_step[a];
-                  }
-                  const T* pointer = patched ? patch : reinterpret_cast<const T*>(image);
-                  pointer += from;
-                  for (int64_t w = 0; w < width; w += wide ? L : 1) {
-                    // The last vector of a row that is not a multiple overlaps the one before.
-                    if (wide && w + L > width) w = most(width - L, 0);
-                    row[next] = pointer + w * row_step[2];
-                    position[next++] = to + w * grid_of[2].step * call.target_stride[4];
-                  }
-                }
-            rows_of[i] = next - first;
-          }
-
-          const LaneBlock<T, K::chains> block(call.lanes, lane_block, lane_blocks);
-          const int64_t tiles = wide ? up(call.lanes, Size::rows) : block.tiles;
-          int64_t chunk_channel = 0;  // what channel the row pointers stand at
-          for (int64_t g0 = 0; g0 < groups;) {
-            // A chunk: the groups whose channels fit into the patch.
-            int64_t g1 = groups;
-            if (!one_chunk) {
-              const int64_t first_channel = g0 * K::group / all_taps;
-              g1 = most(g0 + 1, (first_channel + patch_channels) * all_taps / K::group);
-              if (first_channel + patch_channels >= call.image_channels) g1 = groups;
-              g1 = least(g1, groups);
-              const int64_t move = (first_channel - chunk_channel) * layout.channel;
-              for (int64_t r = 0; r < phases * box_rows && patched; ++r) row[r] -= move;
-              chunk_channel = first_channel;
-            }
-            if (patched) {
-              const int64_t channels =
-                  least(up(g1 * K::group, all_taps), call.image_channels) - chunk_channel;
-              const int64_t image_size[3] = {reach[0].image_size, reach[1].image_size,
-                                             reach[2].image_size};
-              for (int64_t n = lower[0]; n < upper[0]; ++n)
-                copy_patch(patch + (n - lower[0]) * layout.elements, layout,
-                           image + n * call.image_stride[0] + chunk_channel * call.image_stride[1],
-                           call.image_stride[1], call.image_stride + 2, image_size, box, hop,
-                           channels);
-            }
-            for (int i = 0; i < phases; i += at_once) {
-              int64_t rows = 0;
-              for (int64_t j = 0; j < parts; ++j) rows += rows_of[i * parts + j];
-              T* total = totals + (one_chunk ? 0 : i * totals_of_phase);
-              for (int64_t j = 0; j < tiles && rows > 0; ++j) {
-                LaneTile tile;
-                if (wide) {
-                  tile.first = cut_at(call.lanes, tiles, j);
-                  tile.lanes = static_cast<int>(cut_at(call.lanes, tiles, j + 1) - tile.first);
-                  tile.vecs = 0;
-                } else {
-                  tile = block.tile(j);
-                }
-                const int64_t channel = group * call.lanes + tile.first;
-                for (int64_t l = 0; l < up(tile.lanes, L) * L; ++l) {
-                  bias[l] = call.bias && l < tile.lanes ? widened(call.bias[channel + l]) : T(0);
-                  if (!is_half_type<S>) bias[l] += T(0);  // +0 instead of -0
-                }
-                S* const to = call.target + channel * call.target_stride[1];
-                const int64_t to_channel = call.target_stride[1];
-                const int64_t* to_row = position + i * box_rows;
-                const GridAxis& row_axis = phase[i].grid[2];
-                const int64_t to_pixel = row_axis.step * call.target_stride[4];
-                const int64_t width = least(upper[3], row_axis.count) - lower[3];
-                const int pixels = static_cast<int>(least(width, L));
-                Finish<T> finish;
-                bool finishes = false;  // where vectors lie side by side in the result
-                if constexpr (std::is_same_v<S, T>) {
-                  finishes = !turned && (wide ? to_pixel == 1 : to_channel == 1);
-                  finish = {to,           to_row, to_channel, bias, wide ? pixels : tile.lanes,
-                            &task_special};
-                }
-                const S* const weight =
-                    call.weight + group * call.group_stride + tile.first * call.lane_stride;
-                if constexpr (std::is_same_v<S, T>)
-                  if (turned) {
-                    const T* filter[rows_turned];
-                    for (int l = 0; l < tile.lanes; ++l) filter[l] = weight + l * call.lane_stride;
-                    each_wide_run<T, 1>(
-                        tile.lanes, rows, [&](Tiles<T>, int64_t v, int64_t run, int vecs) {
-                          for (int64_t k = 0; k < run * vecs; ++k)
-                            turned_of<T>(tile.lanes)(
-                                filter, call.channel_stride,
-                                row[v + k] + phase->part->term->in_place, row_step[2],
-                                L * row_step[2], groups, call.image_channels / groups,
-                                total + ((v + k / vecs * vecs) * tile.lanes + k % vecs) * L,
-                                vecs * L, false);
-                        });
-                  }
-                for (int k = i; k < i + at_once && !turned; ++k)
-                  multiply_lanes(call, phase[k], weight, tile, g0, g1, wide, apart, step,
-                                 row + k * box_rows, rows_of + k * parts, panel,
-                                 total + (k - i) * totals_of_phase, finishes ? &finish : nullptr);
-                if (g1 < groups || finishes) {
-                } else if (at_once > 1) {
-                  int64_t size = 0;  // of the result's rows
-                  for (int k = i; k < i + at_once; ++k) size += phase[k].grid[2].count;
-                  const int64_t last = lower[3] + most(width - L, 0);  // pixel of the last vector
-                  const Interleaved order{up(width, L),
-                                          least(at_once * pixels, size - last * at_once)};
-                  const auto store = at_once == 2 ? store_interleaved<2, T, K::chains, S>
-                                                  : store_interleaved<4, T, K::chains, S>;
-                  task_special |= store(total, totals_of_phase, rows, tile.lanes, bias, to, to_row,
-                                        to_channel, order);
-                } else if (wide) {
-                  const T* from = total;
-                  for (int64_t k = 0; k < parts; ++k) {
-                    const int64_t some = rows_of[i * parts + k];
-                    task_special |= store_vectors<T, K::chains>(
-                        from, some, tile.lanes, bias, to, to_row, to_channel, to_pixel, pixels);
-                    from += some * tile.lanes * L;
-                    to_row += some;
-                  }
-                } else {
-                  task_special |=
-                      store_rows(total, rows, tile.vecs, tile.lanes, bias, to, to_row, to_channel);
-                }
-                if (!one_chunk) total += rows * (wide ? tile.lanes : tile.vecs) * L;
-              }
-            }
-            g0 = g1;
-          }
-        }
-        if (task_special) __atomic_store_n(&special, true, __ATOMIC_RELAXED);
-      });
+  PixelProduct<S> product(call, grid, phases, may_cut);
+  if (!product.fits()) return false;
+  special |= product.run();
   return true;
 }
 

@@ -4,7 +4,7 @@
 // predicted.
 #pragma once
 
-#include "conv_pixels.h"
+#include "conv_grids.h"
 
 namespace torch_naiveconv::TNC_ISA {
 

@@ -1,5 +1,5 @@
 // grad_weight as a packed product whose rows are the windows of taps. Start reading at
-// multiply_windows; conv_dense.h says what plays which part.
+// WindowProduct::run_task; conv_dense.h says what plays which part.
 #pragma once
 
 #include "conv_blocks.h"
@@ -113,358 +113,475 @@ void list_pixels(const ConvShape& s, const Bands& bands, int64_t first, int64_t 
   }
 }
 
+// One call as a product: its plan, which the threads share, and what a task does. A task is a block
+// of input channels x lanes, for all samples or a block of them; its steps, from run_task on,
+// follow each other below.
+template <class S>
+class WindowProduct {
+  using K = Kind<S>;
+  using T = typename K::T;
+  using Size = TileSize<T, K::chains>;
+  using Lanes = LaneBlock<T, K::chains>;
+  static constexpr int L = Vec<T>::lanes;
+  static constexpr bool widens = !std::is_same_v<S, T>;
+
+ public:
+  WindowProduct(const ConvProblem& p, bool skip_padding)
+      : p_(p),
+        s_(p.shape),
+        skip_padding_(skip_padding),
+        pixels_(s_.outputs()),
+        taps_(s_.taps()),
+        lane_vecs_(up(s_.group_out(), L)),
+        lists_(skip_padding ? taps_ : 1),
+        chunk_groups_(most(2048 / K::group / up(lists_, 8), 1)),
+        channels_inside_(p.weight.stride[1] == 1),
+        taps_first_(channels_inside_ || skip_padding) {
+    choose_layout();
+    cut_blocks();
+  }
+
+  // Can 32 bits count the elements between terms?
+  bool fits() const { return fits_; }
+
+  // Says whether an infinity or a NaN was written.
+  bool run() {
+    if (shared()) {
+      plan_arena().reset(Arena::bytes_for<T>(shared_size_));
+      shared_total_ = plan_arena().take<T>(shared_size_);
+    }
+    bool special = false;
+    const int64_t tasks = s_.groups * lane_blocks_ * channel_blocks_ * sample_blocks_;
+    parallel_for(tasks, most(1, work_of_task * tasks / most(work_, 1)), K::mode,
+                 [&](int64_t begin, int64_t end) {
+                   Workspace w = workspace();
+                   for (int64_t task = begin; task < end; ++task) run_task(task, w);
+                   if (w.special) __atomic_store_n(&special, true, __ATOMIC_RELAXED);
+                 });
+    return special;
+  }
+
+ private:
+  // ---- the plan --------------------------------------------------------------------------------
+
+  // Does a row point into the image or into a patch?
+  void choose_layout() {
+    patched_ = is_half_type<S>;
+    int64_t image_reach = 0, grad_reach = 0;
+    for (int a = 0; a < 3; ++a) {
+      const Axis& axis = s_.axis[a];
+      const bool padding = axis.pad > 0 || axis.input_of(axis.out - 1, axis.kernel - 1) >= axis.in;
+      patched_ = patched_ || (!skip_padding_ && padding);
+      image_reach += axis.in * std::llabs(p_.input.stride[a + 2]);
+      grad_reach += axis.out * std::llabs(p_.output.stride[a + 2]);
+    }
+    patched_ = patched_ || (!skip_padding_ && image_reach > INT32_MAX);
+    fits_ = grad_reach <= INT32_MAX && (patched_ || image_reach <= INT32_MAX);
+    alike_ = !patched_ && !skip_padding_ && s_.axis[0].out * s_.axis[1].out == 1;
+    side_by_side_ = alike_ && taps_ == 1 && s_.axis[2].stride * p_.input.stride[4] == 1;
+  }
+
+  // The gradient into blocks of input channels x lanes that fit the caches and feed all threads. A
+  // block's patch must hold at least what one group reads.
+  void cut_blocks() {
+    const int64_t threads = thread_count();
+    work_ = s_.batch * pixels_ * taps_ * s_.group_in() * s_.out_channels;
+    int64_t patch_channels = s_.group_in();  // at most
+    if (patched_) {
+      const Bands worst(s_, 0, least(pixels_, K::group), 0);
+      patch_channels =
+          least(patch_channels, patch_bytes / (int64_t{sizeof(T)} * 2 * worst.elements()));
+    }
+    lane_blocks_ = up(lane_vecs_ * L, 256);
+    share_samples(threads, patch_channels);
+    if (work_ > work_of_task && s_.groups < threads && !shared())
+      // Few channels would share badly: then vectors of lanes are shared one by one.
+      lane_blocks_ =
+          most(lane_blocks_,
+               least(up(threads, s_.groups),
+                     s_.group_in() < 4 * threads ? lane_vecs_ : up(lane_vecs_, Size::vecs)));
+    block_vecs_ = up(lane_vecs_, lane_blocks_);
+    const int64_t block_channels =
+        least(patch_channels, total_bytes / (int64_t{sizeof(T)} * block_vecs_ * L * taps_));
+    channel_blocks_ = up(s_.group_in(), most(1, block_channels));
+    if (work_ > work_of_task && !shared())
+      channel_blocks_ =
+          most(channel_blocks_, least(s_.group_in(), up(threads, s_.groups * lane_blocks_)));
+    // Rows that share their terms are better whole tiles.
+    tile_rows_ = Size::rows_of(Lanes(s_.group_out(), 0, lane_blocks_).tile(0).vecs);
+    unit_ = least(skip_padding_ ? tile_rows_ : 1, s_.group_in());
+    const int64_t units = up(s_.group_in(), unit_);
+    channel_blocks_ = least(channel_blocks_, units);
+    most_channels_ = up(units, channel_blocks_) * unit_;
+    by_pixel_ =
+        p_.input.stride[1] == 1 && p_.input.stride[4] != 1 && (taps_first_ || most_channels_ <= 4);
+    patch_pitch_ =
+        by_pixel_ ? PatchLayout::by_pixel(most_channels_, {1, 1, 1}).axis[2] : most_channels_;
+    patch_limit_ = patch_bytes / int64_t{sizeof(T)} / patch_pitch_;
+  }
+
+  // Few rows and lanes, one block of totals, share badly: then blocks of samples are shared. The
+  // first block adds its groups up, the others keep the sum of each group, and who is done last
+  // adds them in order.
+  void share_samples(int64_t threads, int64_t patch_channels) {
+    const int64_t rows = s_.group_in() * taps_;
+    sample_groups_ = up(pixels_, K::group);
+    sum_size_ = rows * lane_vecs_ * L;
+    const int64_t sum = sum_size_ * int64_t{sizeof(T)};
+    if (work_ > work_of_task && s_.groups == 1 && K::chains == 1 && lists_ == 1 &&
+        p_.total == nullptr && lane_blocks_ == 1 && patch_channels == s_.group_in() &&
+        s_.group_in() < 4 * threads && rows > rows_turned && sum <= total_bytes &&
+        up(s_.batch, threads) * sample_groups_ * sum <= sum_bytes)
+      sample_blocks_ = least(threads, s_.batch);
+    first_kept_ = cut_at(s_.batch, sample_blocks_, 1);
+    shared_size_ = (1 + (s_.batch - first_kept_) * sample_groups_) * sum_size_;
+  }
+  bool shared() const { return sample_blocks_ > 1; }
+
+  int64_t first_channel(int64_t block) const {
+    const int64_t units = up(s_.group_in(), unit_);
+    return least(s_.group_in(), cut_at(units, channel_blocks_, block) * unit_);
+  }
+  int64_t table_size() const { return chunk_groups_ * K::group; }  // of one list
+
+  // ---- a task ----------------------------------------------------------------------------------
+
+  struct Workspace {
+    T *totals, *panel, *patch, *no_bias;
+    const T** row;
+    int64_t* position;  // of each row in the weight
+    int32_t* order;     // of the rows that are stored: where their totals are
+    Term* term;         // list after list
+    int32_t* lane_offset;
+    int64_t* terms_of;     // of each group of each list
+    bool special = false;  // was an infinity or a NaN stored?
+  };
+  struct Block {  // of a task: lanes, input channels, samples
+    Lanes lanes;
+    int64_t group = 0, channel0 = 0, channels = 0, rows = 0, first_sample = 0, last_sample = 0;
+    bool keeps = false;  // the sums of its groups
+    const S *image = nullptr, *grad = nullptr;
+    int64_t panel_step = 0;  // if lanes are read in place: panel rows from term to term; else zero
+  };
+  struct Chunk {  // pixels [first, last) of a sample: the groups whose windows fit the caches
+    int64_t first, last;
+    Bands bands;
+    int64_t origin;  // the pixel where offsets begin
+    PatchLayout layout;
+  };
+
+  Workspace workspace() const {
+    // The largest patch of any chunk: at least one group's, else within the limit.
+    int64_t patch = 0;
+    if (patched_) {
+      for (int64_t g = 0; g * K::group < pixels_; ++g) {
+        const Bands bands(s_, g * K::group, least(pixels_, (g + 1) * K::group), patch_limit_);
+        patch = most(patch, bands.elements());
+      }
+      // Each channel of a band is rounded up (PatchLayout), by less than 64 elements.
+      constexpr int64_t most_bands = sizeof(Bands::band) / sizeof(Bands::Band);
+      patch = (most(patch, patch_limit_) + 64 * most_bands) * patch_pitch_ + L;
+    }
+    const int64_t rows = most_channels_ * taps_, lanes = block_vecs_ * L;
+    const int64_t totals = shared() ? 0 : rows * lanes, panel = K::group * L * Size::vecs;
+    Arena& arena = task_arena();
+    arena.reset(Arena::bytes_for<T>(totals) + Arena::bytes_for<T>(panel) +
+                Arena::bytes_for<T>(patch) + Arena::bytes_for<T>(lanes) +
+                Arena::bytes_for<const T*>(rows) + Arena::bytes_for<int64_t>(rows) +
+                Arena::bytes_for<int32_t>(rows) + Arena::bytes_for<Term>(lists_ * table_size()) +
+                Arena::bytes_for<int32_t>(table_size()) +
+                Arena::bytes_for<int64_t>(lists_ * chunk_groups_));
+    Workspace w;
+    w.totals = arena.take<T>(totals);
+    if (shared()) w.totals = shared_total_;
+    w.panel = arena.take<T>(panel);
+    w.patch = arena.take<T>(patch);
+    w.no_bias = arena.take<T>(lanes);
+    w.row = arena.take<const T*>(rows);
+    w.position = arena.take<int64_t>(rows);
+    w.order = arena.take<int32_t>(rows);
+    w.term = arena.take<Term>(lists_ * table_size());
+    w.lane_offset = arena.take<int32_t>(table_size());
+    w.terms_of = arena.take<int64_t>(lists_ * chunk_groups_);
+    zero_run(w.no_bias, lanes);
+    return w;
+  }
+
+  void run_task(int64_t task, Workspace& w) {
+    const Block b = block_of(task);
+    if (p_.total != nullptr) begin_with_earlier(b, w);
+    int64_t known_first = 0, known_last = 0;  // the chunk whose terms are listed
+    for (int64_t n = b.first_sample; n < b.last_sample; ++n)
+      for (int64_t first = 0; first < pixels_;) {
+        Chunk c = chunk_from(first);
+        find_rows(b, c, n, w);
+        if (c.first - c.origin != known_first || c.last - c.origin != known_last) {
+          known_first = c.first - c.origin;
+          known_last = c.last - c.origin;
+          list_terms(b, c, known_first, known_last, w);
+        }
+        T* total = w.totals;
+        for (int64_t i = 0; i < b.lanes.tiles; ++i) {
+          const LaneTile tile = b.lanes.tile(i);
+          multiply_tile(b, c, n, tile, total, w);
+          total += b.rows * tile.vecs * L;
+        }
+        first = c.last;
+      }
+    if (!shared() || add_kept_sums(w)) store(b, w);
+  }
+
+  Block block_of(int64_t task) const {
+    const int64_t channel_block = task % channel_blocks_;
+    const int64_t lane_block = task / channel_blocks_ % lane_blocks_;
+    const int64_t sample_block = task / channel_blocks_ / lane_blocks_ / s_.groups;
+    Block b{Lanes(s_.group_out(), lane_block, lane_blocks_)};
+    b.group = task / channel_blocks_ / lane_blocks_ % s_.groups;
+    b.channel0 = first_channel(channel_block);
+    b.channels = first_channel(channel_block + 1) - b.channel0;
+    b.rows = b.channels * taps_;
+    b.first_sample = cut_at(s_.batch, sample_blocks_, sample_block);
+    b.last_sample = cut_at(s_.batch, sample_blocks_, sample_block + 1);
+    b.keeps = sample_block > 0;
+    b.image = static_cast<const S*>(p_.input.data) +
+              (b.group * s_.group_in() + b.channel0) * p_.input.stride[1];
+    b.grad = static_cast<const S*>(p_.output.data) + b.group * s_.group_out() * p_.output.stride[1];
+    // Lanes that lie side by side serve a single tile of rows where they are, if the terms are
+    // whole rows of a panel apart.
+    const int64_t pitch = p_.output.stride[4], panel_row = b.lanes.vecs / b.lanes.tiles * L;
+    const bool in_place = !widens && alike_ && p_.output.stride[1] == 1 && b.rows <= tile_rows_ &&
+                          b.lanes.vecs % b.lanes.tiles == 0 &&
+                          (b.lanes.first_vec + b.lanes.vecs) * L <= s_.group_out() &&
+                          pitch % panel_row == 0;
+    b.panel_step = in_place ? pitch / panel_row : 0;
+    return b;
+  }
+
+  // use(r, c, d, h, w) for all rows, tap after tap or channel after channel
+  template <class Use>
+  void each_row(const Block& b, bool by_tap, const Use& use) const {
+    int64_t r = 0;
+    const int64_t outer = by_tap ? 1 : b.channels, inner = by_tap ? b.channels : 1;
+    for (int64_t c = 0; c < outer; ++c)
+      for (int64_t d = 0; d < s_.axis[0].kernel; ++d)
+        for (int64_t h = 0; h < s_.axis[1].kernel; ++h)
+          for (int64_t w = 0; w < s_.axis[2].kernel; ++w)
+            for (int64_t k = 0; k < inner; ++k) use(r++, c + k, d, h, w);
+  }
+  int64_t tap_of(int64_t d, int64_t h, int64_t w) const {
+    return (d * s_.axis[1].kernel + h) * s_.axis[2].kernel + w;
+  }
+
+  void begin_with_earlier(const Block& b, Workspace& w) const {
+    const T* const earlier = static_cast<const T*>(p_.total);
+    T* to = w.totals;
+    for (int64_t i = 0; i < b.lanes.tiles; ++i) {
+      const LaneTile tile = b.lanes.tile(i);
+      const int64_t lane0 = b.group * s_.group_out() + tile.first;
+      each_row(b, taps_first_, [&](int64_t r, int64_t c, int64_t kd, int64_t kh, int64_t kw) {
+        for (int64_t j = 0; j < tile.vecs * L; ++j) {
+          const int64_t channel = (lane0 + j) * s_.group_in() + b.channel0 + c;
+          to[r * tile.vecs * L + j] =
+              j < tile.lanes ? earlier[channel * taps_ + tap_of(kd, kh, kw)] : T(0);
+        }
+      });
+      to += b.rows * tile.vecs * L;
+    }
+  }
+
+  // The groups whose windows fit into the patch, or in place into the cache, where all tiles of
+  // lanes find them.
+  Chunk chunk_from(int64_t first) const {
+    int64_t last = least(pixels_, first + K::group);
+    Bands bands(s_, first, last, patch_limit_);
+    while (last < pixels_ && last - first < table_size()) {
+      const int64_t next = least(pixels_, last + K::group);
+      const Bands more(s_, first, next, INT64_MAX);
+      if ((patched_ ? more.elements() : next - first) > patch_limit_) break;
+      bands = more;
+      last = next;
+    }
+    return {first, last, bands, alike_ ? first : 0, PatchLayout{}};
+  }
+
+  // The rows, one tap of one channel each: in the image, or in the patch, which is filled.
+  void find_rows(const Block& b, Chunk& c, int64_t n, Workspace& w) const {
+    const int64_t* const stride = p_.input.stride;
+    const S* const sample = b.image + n * stride[0] + c.origin * s_.axis[2].stride * stride[4];
+    if (patched_) {
+      c.layout = by_pixel_ ? PatchLayout::by_pixel(b.channels, c.bands.size)
+                           : PatchLayout::of(b.channels, c.bands.size);
+      const int64_t image_size[3] = {s_.axis[0].in, s_.axis[1].in, s_.axis[2].in};
+      for (int i = 0; i < c.bands.count; ++i) {
+        const Box& outputs = c.bands.band[i].outputs;
+        Box box;
+        for (int a = 0; a < 3; ++a) {
+          const Axis& axis = s_.axis[a];
+          box.from[a] = axis.input_of(outputs.from[a], 0);
+          box.to[a] = axis.input_of(outputs.to[a] - 1, axis.kernel - 1) + 1;
+        }
+        copy_patch(w.patch + i * c.layout.elements, c.layout, sample, stride[1], stride + 2,
+                   image_size, box, {1, 1, 1}, b.channels);
+      }
+    } else {
+      c.layout.channel = stride[1];
+      for (int a = 0; a < 3; ++a) c.layout.axis[a] = stride[a + 2];
+    }
+    const T* const corner = patched_ ? w.patch : reinterpret_cast<const T*>(sample);
+    each_row(b, taps_first_, [&](int64_t r, int64_t k, int64_t kd, int64_t kh, int64_t kw) {
+      w.row[r] = corner + k * c.layout.channel + kd * s_.axis[0].dilation * c.layout.axis[0] +
+                 kh * s_.axis[1].dilation * c.layout.axis[1] +
+                 kw * s_.axis[2].dilation * c.layout.axis[2];
+    });
+  }
+
+  // Those of the pixels [first, last) of the chunk, counted from its origin.
+  void list_terms(const Block& b, const Chunk& c, int64_t first, int64_t last, Workspace& w) const {
+    const Bands bands = alike_ ? Bands(s_, first, last, patch_limit_) : c.bands;
+    const int64_t* const stride = p_.output.stride;
+    each_run(s_, first, last, [&](int64_t pixel, int64_t run, const int64_t (&at)[3]) {
+      const int64_t of = at[0] * stride[2] + at[1] * stride[3] + at[2] * stride[4];
+      for (int64_t i = 0; i < run; ++i)
+        w.lane_offset[pixel - first + i] = static_cast<int32_t>(of + i * stride[4]);
+    });
+    for (int64_t list = 0; list < lists_; ++list) {
+      const int64_t kw = s_.axis[2].kernel, kh = s_.axis[1].kernel;
+      const int64_t tap[3] = {list / kw / kh, list / kw % kh, list % kw};
+      list_pixels<K::chains, K::group>(s_, bands, first, last, c.layout, patched_,
+                                       skip_padding_ ? tap : nullptr, w.term + list * table_size(),
+                                       w.terms_of + list * chunk_groups_);
+    }
+    for (int64_t i = 0; i < last - first && b.panel_step > 0; ++i)
+      w.term[i].packed *= static_cast<int32_t>(b.panel_step);
+  }
+
+  // One tile of lanes, the groups of a chunk.
+  void multiply_tile(const Block& b, const Chunk& c, int64_t n, const LaneTile& tile, T* total,
+                     Workspace& w) const {
+    const int64_t* const stride = p_.output.stride;
+    const S* const lanes = b.grad + n * stride[0] + tile.first * stride[1] + c.origin * stride[4];
+    const bool begun = p_.total != nullptr || n > 0 || c.first > 0;
+    int64_t t = 0;
+    if constexpr (!widens)
+      if (b.rows <= rows_turned && lists_ == 1 && tile.lanes == tile.vecs * L && stride[4] == 1 &&
+          alike_)
+        t = multiply_turned_groups(b, c, tile, lanes, total, begun, w);
+    for (; t < c.last - c.first; t += K::group) {
+      const int64_t left = c.last - c.first - t, terms = least(left, K::group);
+      const bool resume = !b.keeps && (begun || t > 0);
+      const int64_t kept = (n - first_kept_) * sample_groups_ + (c.first + t) / K::group;
+      T* const to = total + (b.keeps ? (1 + kept) * sum_size_ : 0);
+      const T* packed = w.panel;
+      if (b.panel_step > 0)
+        packed = reinterpret_cast<const T*>(lanes) + t * stride[4];
+      else
+        pack_panel(w.panel, tile.vecs * L, tile.lanes, lanes, stride[1], w.lane_offset + t, terms,
+                   1, w.lane_offset + t + K::group, least(left - K::group, K::group));
+      if constexpr (!widens)
+        if (side_by_side_ && b.panel_step == 0 && terms == K::group) {
+          multiply_whole_group(b, c, tile, t, to, resume, w);
+          continue;
+        }
+      for (int64_t list = 0; list < lists_; ++list) {
+        const int64_t some = w.terms_of[list * chunk_groups_ + t / K::group];
+        const int32_t length[max_chains] = {static_cast<int32_t>(up(some, K::chains)),
+                                            static_cast<int32_t>(some / 2)};
+        const int64_t row0 = b.rows / lists_ * list;
+        if (some > 0 || !resume)
+          multiply_rows<T, K::chains>(w.row + row0, b.rows / lists_,
+                                      w.term + list * table_size() + t, length, packed, tile.vecs,
+                                      to + row0 * tile.vecs * L, resume);
+      }
+    }
+  }
+
+  // Long runs of few channels, vector by vector of lanes. Says how many terms that were.
+  int64_t multiply_turned_groups(const Block& b, const Chunk& c, const LaneTile& tile,
+                                 const T* lanes, T* total, bool resume, const Workspace& w) const {
+    const int64_t groups = (c.last - c.first) / K::group, pitch = p_.output.stride[1];
+    for (int j = 0; j < tile.vecs; ++j)
+      turned_of<T>(b.rows)(w.row, s_.axis[2].stride * p_.input.stride[4], lanes + j * L * pitch,
+                           pitch, 3 * L, groups, K::group, total + j * L, tile.vecs * L, resume);
+    return groups * K::group;
+  }
+
+  // A group whose terms lie side by side: whole tiles of rows without offsets, then the rest.
+  void multiply_whole_group(const Block& b, const Chunk& c, const LaneTile& tile, int64_t t, T* to,
+                            bool resume, const Workspace& w) const {
+    const int64_t tiles = b.rows / Size::rows_of(tile.vecs);
+    const int64_t rest = tiles * Size::rows_of(tile.vecs);
+    runs_of<T>(tile.vecs)(tiles, w.row[0] + w.term[t].in_place, c.layout.channel, K::group, w.panel,
+                          to, resume);
+    const int32_t length[max_chains] = {K::group};
+    if (rest < b.rows)
+      multiply_rows<T, K::chains>(w.row + rest, b.rows - rest, w.term + t, length, w.panel,
+                                  tile.vecs, to + rest * tile.vecs * L, resume);
+  }
+
+  // Who comes last adds the sums that were kept.
+  bool add_kept_sums(Workspace& w) {
+    if (blocks_done_.fetch_add(1) + 1 < sample_blocks_) return false;
+    for (int64_t i = 0; i < sum_size_; i += L) {
+      auto sum = Vec<T>::load(w.totals + i);
+      for (int64_t j = i + sum_size_; j < shared_size_; j += sum_size_)
+        sum = sum + Vec<T>::load(w.totals + j);
+      sum.store(w.totals + i);
+    }
+    return true;
+  }
+
+  void store(const Block& b, Workspace& w) const {
+    const int64_t* const stride = p_.weight.stride;
+    each_row(b, channels_inside_, [&](int64_t r, int64_t c, int64_t kd, int64_t kh, int64_t kw) {
+      const int64_t tap = tap_of(kd, kh, kw);
+      w.order[r] = static_cast<int32_t>(taps_first_ ? tap * b.channels + c : c * taps_ + tap);
+      w.position[r] =
+          (b.channel0 + c) * stride[1] + kd * stride[2] + kh * stride[3] + kw * stride[4];
+    });
+    const T* total = w.totals;
+    for (int64_t i = 0; i < b.lanes.tiles; ++i) {
+      const LaneTile tile = b.lanes.tile(i);
+      const int64_t base = (b.group * s_.group_out() + tile.first) * stride[0];
+      const auto store = [&](auto* result) {
+        w.special |= store_rows(total, b.rows, tile.vecs, tile.lanes, w.no_bias, result + base,
+                                w.position, stride[0], w.order);
+      };
+      if (p_.keep_total)
+        store(static_cast<T*>(p_.weight.data));
+      else
+        store(static_cast<S*>(p_.weight.data));
+      total += b.rows * tile.vecs * L;
+    }
+  }
+
+  const ConvProblem& p_;
+  const ConvShape& s_;
+  const bool skip_padding_;
+  const int64_t pixels_, taps_, lane_vecs_;
+  const int64_t lists_, chunk_groups_;  // of terms, for each tap if padding is skipped
+  // Neighbouring rows should lie side by side in the weight, or share their terms.
+  const bool channels_inside_, taps_first_;
+  bool patched_, fits_;
+  bool alike_;         // the chunks of one long row: terms are listed from the first pixel of each
+  bool side_by_side_;  // then the terms of a row may lie so as well
+  int64_t work_, lane_blocks_, block_vecs_, channel_blocks_, most_channels_;
+  int64_t unit_;  // channels of a block are a multiple
+  int tile_rows_;
+  bool by_pixel_;
+  int64_t patch_pitch_, patch_limit_;  // elements of a pixel; pixels
+  int64_t sample_blocks_ = 1, first_kept_, sample_groups_, sum_size_, shared_size_;
+  T* shared_total_ = nullptr;
+  std::atomic<int64_t> blocks_done_{0};
+};
+
 // Terms whose input lies in the padding are products with +0; `skip_padding` leaves them out, which
 // is exact if the gradient is finite. Then each tap has its own list of terms. Returns false to
 // decline; `special` becomes true if an infinity or a NaN was written.
 template <class S>
 bool multiply_windows(const ConvProblem& p, bool skip_padding, bool& special) {
-  using K = Kind<S>;
-  using T = typename K::T;
-  using Size = TileSize<T, K::chains>;
-  constexpr int L = Vec<T>::lanes;
-  const ConvShape& s = p.shape;
-  const int64_t pixels = s.outputs(), taps = s.taps(), lane_vecs = up(s.group_out(), L);
-  const int64_t* const image_stride = p.input.stride;
-  const int64_t* const grad_stride = p.output.stride;
-  const int64_t* const weight_stride = p.weight.stride;
-
-  // Neighbouring rows should lie side by side in the weight, or share their terms.
-  const bool channels_inside = weight_stride[1] == 1;
-  const bool taps_first = channels_inside || skip_padding;
-  const int64_t lists = skip_padding ? taps : 1;
-  const int64_t chunk_groups = most(2048 / K::group / up(lists, 8), 1);
-
-  // Does a row point into the image or into a patch?
-  bool patched = is_half_type<S>;
-  int64_t image_reach = 0, grad_reach = 0;
-  for (int a = 0; a < 3; ++a) {
-    const Axis& axis = s.axis[a];
-    patched =
-        patched || (!skip_padding &&
-                    (axis.pad > 0 || axis.input_of(axis.out - 1, axis.kernel - 1) >= axis.in));
-    image_reach += axis.in * std::llabs(image_stride[a + 2]);
-    grad_reach += axis.out * std::llabs(grad_stride[a + 2]);
-  }
-  patched = patched || (!skip_padding && image_reach > INT32_MAX);
-  if (grad_reach > INT32_MAX || (!patched && image_reach > INT32_MAX)) return false;
-  // The chunks of one long row are alike: their terms are listed from the first pixel of each.
-  const bool alike = !patched && !skip_padding && s.axis[0].out * s.axis[1].out == 1;
-
-  // Then the terms of a row may lie side by side as well.
-  const bool side_by_side = alike && taps == 1 && s.axis[2].stride * image_stride[4] == 1;
-
-  // Cut the gradient into blocks of input channels x lanes that fit the caches and feed all
-  // threads. A block's patch must hold at least what one group reads.
-  const int64_t threads = thread_count();
-  const int64_t work = s.batch * pixels * taps * s.group_in() * s.out_channels;
-  int64_t patch_channels = s.group_in();  // at most
-  if (patched) {
-    const Bands worst(s, 0, least(pixels, K::group), 0);
-    patch_channels =
-        least(patch_channels, patch_bytes / (int64_t{sizeof(T)} * 2 * worst.elements()));
-  }
-  int64_t lane_blocks = up(lane_vecs * L, 256);
-  // Few rows and lanes, one block of totals, share badly: then blocks of samples are shared. The
-  // first block adds its groups up, the others keep the sum of each group, and who is done last
-  // adds them in order.
-  const int64_t all_rows = s.group_in() * taps, sample_groups = up(pixels, K::group);
-  const int64_t sum_size = all_rows * lane_vecs * L;
-  int64_t sample_blocks = 1;
-  if (work > work_of_task && s.groups == 1 && K::chains == 1 && lists == 1 && p.total == nullptr &&
-      lane_blocks == 1 && patch_channels == s.group_in() && s.group_in() < 4 * threads &&
-      all_rows > rows_turned && sum_size * int64_t{sizeof(T)} <= total_bytes &&
-      up(s.batch, threads) * sample_groups * sum_size * int64_t{sizeof(T)} <= sum_bytes)
-    sample_blocks = least(threads, s.batch);
-  const bool shared = sample_blocks > 1;
-  const int64_t first_kept = cut_at(s.batch, sample_blocks, 1);  // sample
-  const int64_t shared_size = (1 + (s.batch - first_kept) * sample_groups) * sum_size;
-  Arena& plan = plan_arena();
-  if (shared) plan.reset(Arena::bytes_for<T>(shared_size));
-  T* const shared_total = shared ? plan.take<T>(shared_size) : nullptr;
-  std::atomic<int64_t> blocks_done{0};
-  if (work > work_of_task && s.groups < threads && !shared)
-    // Few channels would share badly: then vectors of lanes are shared one by one.
-    lane_blocks = most(lane_blocks,
-                       least(up(threads, s.groups),
-                             s.group_in() < 4 * threads ? lane_vecs : up(lane_vecs, Size::vecs)));
-  const int64_t block_vecs = up(lane_vecs, lane_blocks);
-  int64_t block_channels =
-      least(patch_channels, total_bytes / (int64_t{sizeof(T)} * block_vecs * L * taps));
-  int64_t channel_blocks = up(s.group_in(), most(1, block_channels));
-  if (work > work_of_task && !shared)
-    channel_blocks = most(channel_blocks, least(s.group_in(), up(threads, s.groups * lane_blocks)));
-  // Rows that share their terms are better whole tiles.
-  const int tile_rows =
-      Size::rows_of(LaneBlock<T, K::chains>(s.group_out(), 0, lane_blocks).tile(0).vecs);
-  const int64_t unit = least(skip_padding ? tile_rows : 1, s.group_in());
-  const auto first_channel = [&](int64_t block) {
-    return least(s.group_in(), cut_at(up(s.group_in(), unit), channel_blocks, block) * unit);
-  };
-  channel_blocks = least(channel_blocks, up(s.group_in(), unit));
-  block_channels = up(up(s.group_in(), unit), channel_blocks) * unit;
-  const int64_t most_rows = block_channels * taps;
-  const bool by_pixel =
-      image_stride[1] == 1 && image_stride[4] != 1 && (taps_first || block_channels <= 4);
-  const int64_t patch_pitch =  // elements of a pixel
-      by_pixel ? PatchLayout::by_pixel(block_channels, {1, 1, 1}).axis[2] : block_channels;
-  const int64_t patch_limit = patch_bytes / int64_t{sizeof(T)} / patch_pitch;
-
-  const int64_t tasks = s.groups * lane_blocks * channel_blocks * sample_blocks;
-  parallel_for(
-      tasks, most(1, work_of_task * tasks / most(work, 1)), K::mode,
-      [&](int64_t begin, int64_t end) {
-        Arena& arena = task_arena();
-        // The largest patch of any chunk: at least one group's, else within the limit.
-        int64_t patch_size = 0;
-        if (patched) {
-          for (int64_t g = 0; g * K::group < pixels; ++g) {
-            const Bands bands(s, g * K::group, least(pixels, (g + 1) * K::group), patch_limit);
-            patch_size = most(patch_size, bands.elements());
-          }
-          // Each channel of a band is rounded up (PatchLayout), by less than 64 elements.
-          constexpr int64_t most_bands = sizeof(Bands::band) / sizeof(Bands::Band);
-          patch_size = (most(patch_size, patch_limit) + 64 * most_bands) * patch_pitch + L;
-        }
-        const int64_t total_size = most_rows * block_vecs * L;
-        const int64_t panel_size = K::group * L * Size::vecs;
-        const int64_t table_size = chunk_groups * K::group;  // of one list
-        arena.reset(Arena::bytes_for<T>(total_size) + Arena::bytes_for<T>(panel_size) +
-                    Arena::bytes_for<T>(patch_size) + Arena::bytes_for<T>(block_vecs * L) +
-                    Arena::bytes_for<const T*>(most_rows) + Arena::bytes_for<int64_t>(most_rows) +
-                    Arena::bytes_for<int32_t>(most_rows) +
-                    Arena::bytes_for<Term>(lists * table_size) +
-                    Arena::bytes_for<int32_t>(table_size) +
-                    Arena::bytes_for<int64_t>(lists * chunk_groups));
-        T* const own_totals = arena.take<T>(total_size);
-        T* const totals = shared ? shared_total : own_totals;
-        T* const panel = arena.take<T>(panel_size);
-        T* const patch = arena.take<T>(patch_size);
-        T* const no_bias = arena.take<T>(block_vecs * L);
-        const T** const row = arena.take<const T*>(most_rows);
-        int64_t* const position = arena.take<int64_t>(most_rows);
-        int32_t* const order = arena.take<int32_t>(most_rows);
-        Term* const term = arena.take<Term>(lists * table_size);
-        int32_t* const lane_offset = arena.take<int32_t>(table_size);
-        int64_t* const terms_of = arena.take<int64_t>(lists * chunk_groups);
-        zero_run(no_bias, block_vecs * L);
-
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t channel_block = task % channel_blocks;
-          const int64_t lane_block = task / channel_blocks % lane_blocks;
-          const int64_t group = task / channel_blocks / lane_blocks % s.groups;
-          const int64_t sample_block = task / channel_blocks / lane_blocks / s.groups;
-          const LaneBlock<T, K::chains> block(s.group_out(), lane_block, lane_blocks);
-          const int64_t channel0 = first_channel(channel_block);
-          const int64_t channel1 = first_channel(channel_block + 1);
-          const int64_t channels = channel1 - channel0, rows = channels * taps;
-          const S* const image = static_cast<const S*>(p.input.data) +
-                                 (group * s.group_in() + channel0) * image_stride[1];
-          const S* const grad =
-              static_cast<const S*>(p.output.data) + group * s.group_out() * grad_stride[1];
-
-          // Lanes that lie side by side serve a single tile of rows where they are, if the terms
-          // are whole rows of a panel apart: so many. Zero: they are packed.
-          const int64_t panel_row = block.vecs / block.tiles * L;
-          const bool in_place = std::is_same_v<S, T> && alike && grad_stride[1] == 1 &&
-                                rows <= tile_rows && block.vecs % block.tiles == 0 &&
-                                (block.first_vec + block.vecs) * L <= s.group_out() &&
-                                grad_stride[4] % panel_row == 0;
-          const int64_t panel_step = in_place ? grad_stride[4] / panel_row : 0;
-
-          // use(r, c, d, h, w) for all rows, tap after tap or channel after channel
-          const auto each_row = [&](bool by_tap, const auto& use) {
-            int64_t r = 0;
-            const int64_t outer = by_tap ? 1 : channels, inner = by_tap ? channels : 1;
-            for (int64_t c = 0; c < outer; ++c)
-              for (int64_t d = 0; d < s.axis[0].kernel; ++d)
-                for (int64_t h = 0; h < s.axis[1].kernel; ++h)
-                  for (int64_t w = 0; w < s.axis[2].kernel; ++w)
-                    for (int64_t k = 0; k < inner; ++k) use(r++, c + k, d, h, w);
-          };
-
-          // The totals begin with the earlier ones.
-          const bool resumed = p.total != nullptr;
-          if (resumed) {
-            const T* const earlier = static_cast<const T*>(p.total);
-            T* to = totals;
-            for (int64_t i = 0; i < block.tiles; ++i) {
-              const LaneTile tile = block.tile(i);
-              const int64_t lane0 = group * s.group_out() + tile.first;
-              each_row(taps_first, [&](int64_t r, int64_t c, int64_t d, int64_t h, int64_t w) {
-                const int64_t tap = (d * s.axis[1].kernel + h) * s.axis[2].kernel + w;
-                for (int64_t j = 0; j < tile.vecs * L; ++j) {
-                  const int64_t from = ((lane0 + j) * s.group_in() + channel0 + c) * taps + tap;
-                  to[r * tile.vecs * L + j] = j < tile.lanes ? earlier[from] : T(0);
-                }
-              });
-              to += rows * tile.vecs * L;
-            }
-          }
-
-          int64_t known_first = 0, known_last = 0;  // the chunk whose terms are listed
-          const int64_t n0 = cut_at(s.batch, sample_blocks, sample_block);
-          const int64_t n1 = cut_at(s.batch, sample_blocks, sample_block + 1);
-          for (int64_t n = n0; n < n1; ++n)
-            for (int64_t first = 0; first < pixels;) {
-              // A chunk: the groups whose windows fit into the patch, or in place into the cache,
-              // where all tiles of lanes find them.
-              int64_t last = least(pixels, first + K::group);
-              Bands bands(s, first, last, patch_limit);
-              while (last < pixels && last - first < table_size) {
-                const int64_t next = least(pixels, last + K::group);
-                const Bands more(s, first, next, INT64_MAX);
-                if ((patched ? more.elements() : next - first) > patch_limit) break;
-                bands = more;
-                last = next;
-              }
-
-              PatchLayout layout;
-              const int64_t origin = alike ? first : 0;  // the pixel where offsets begin
-              const S* const sample =
-                  image + n * image_stride[0] + origin * s.axis[2].stride * image_stride[4];
-              if (patched) {
-                layout = by_pixel ? PatchLayout::by_pixel(channels, bands.size)
-                                  : PatchLayout::of(channels, bands.size);
-                const int64_t image_size[3] = {s.axis[0].in, s.axis[1].in, s.axis[2].in};
-                for (int b = 0; b < bands.count; ++b) {
-                  Box box;
-                  for (int a = 0; a < 3; ++a) {
-                    const Axis& axis = s.axis[a];
-                    box.from[a] = axis.input_of(bands.band[b].outputs.from[a], 0);
-                    box.to[a] = axis.input_of(bands.band[b].outputs.to[a] - 1, axis.kernel - 1) + 1;
-                  }
-                  copy_patch(patch + b * layout.elements, layout, sample, image_stride[1],
-                             image_stride + 2, image_size, box, {1, 1, 1}, channels);
-                }
-              } else {
-                layout.channel = image_stride[1];
-                for (int a = 0; a < 3; ++a) layout.axis[a] = image_stride[a + 2];
-              }
-
-              // The rows: one tap of one channel each.
-              const T* const corner = patched ? patch : reinterpret_cast<const T*>(sample);
-              each_row(taps_first, [&](int64_t r, int64_t c, int64_t d, int64_t h, int64_t w) {
-                row[r] = corner + c * layout.channel + d * s.axis[0].dilation * layout.axis[0] +
-                         h * s.axis[1].dilation * layout.axis[1] +
-                         w * s.axis[2].dilation * layout.axis[2];
-              });
-
-              if (first - origin != known_first || last - origin != known_last) {
-                known_first = first - origin;
-                known_last = last - origin;
-                if (alike) bands = Bands(s, known_first, known_last, patch_limit);
-                each_run(s, known_first, known_last,
-                         [&](int64_t pixel, int64_t run, const int64_t (&at)[3]) {
-                           const int64_t of = at[0] * grad_stride[2] + at[1] * grad_stride[3] +
-                                              at[2] * grad_stride[4];
-                           for (int64_t i = 0; i < run; ++i)
-                             lane_offset[pixel - known_first + i] =
-                                 static_cast<int32_t>(of + i * grad_stride[4]);
-                         });
-                for (int64_t list = 0; list < lists; ++list) {
-                  const int64_t kw = s.axis[2].kernel, kh = s.axis[1].kernel;
-                  const int64_t tap[3] = {list / kw / kh, list / kw % kh, list % kw};
-                  list_pixels<K::chains, K::group>(s, bands, known_first, known_last, layout,
-                                                   patched, skip_padding ? tap : nullptr,
-                                                   term + list * table_size,
-                                                   terms_of + list * chunk_groups);
-                }
-                for (int64_t i = 0; i < last - first && panel_step > 0; ++i)
-                  term[i].packed *= static_cast<int32_t>(panel_step);
-              }
-
-              T* total = totals;
-              for (int64_t i = 0; i < block.tiles; ++i) {
-                const LaneTile tile = block.tile(i);
-                const S* const lanes = grad + n * grad_stride[0] + tile.first * grad_stride[1] +
-                                       origin * grad_stride[4];
-                int64_t turned = 0;  // terms
-                if constexpr (std::is_same_v<S, T>)
-                  if (rows <= rows_turned && lists == 1 && tile.lanes == tile.vecs * L &&
-                      grad_stride[4] == 1 && alike) {
-                    const int64_t groups = (last - first) / K::group;
-                    for (int j = 0; j < tile.vecs; ++j)  // long runs of few channels
-                      turned_of<T>(rows)(row, s.axis[2].stride * image_stride[4],
-                                         lanes + j * L * grad_stride[1], grad_stride[1], 3 * L,
-                                         groups, K::group, total + j * L, tile.vecs * L,
-                                         resumed || n > 0 || first > 0);
-                    turned = groups * K::group;
-                  }
-                for (int64_t t = turned; t < last - first; t += K::group) {
-                  const int64_t left = last - first - t;
-                  const bool keeps = sample_block > 0;
-                  const bool resume = !keeps && (resumed || n > 0 || first + t > 0);
-                  const int64_t kept = (n - first_kept) * sample_groups + (first + t) / K::group;
-                  T* const to = total + (keeps ? (1 + kept) * sum_size : 0);
-                  const T* packed = panel;
-                  if (panel_step > 0)
-                    packed = reinterpret_cast<const T*>(lanes) + t * grad_stride[4];
-                  else
-                    pack_panel(panel, tile.vecs * L, tile.lanes, lanes, grad_stride[1],
-                               lane_offset + t, least(left, K::group), 1,
-                               lane_offset + t + K::group, least(left - K::group, K::group));
-                  if constexpr (std::is_same_v<S, T>)
-                    if (side_by_side && panel_step == 0 && left >= K::group) {
-                      const int64_t tiles = rows / Size::rows_of(tile.vecs);
-                      const int64_t rest = tiles * Size::rows_of(tile.vecs);
-                      runs_of<T>(tile.vecs)(tiles, row[0] + term[t].in_place, layout.channel,
-                                            K::group, panel, to, resume);
-                      const int32_t length[max_chains] = {K::group};
-                      if (rest < rows)
-                        multiply_rows<T, K::chains>(row + rest, rows - rest, term + t, length,
-                                                    panel, tile.vecs, to + rest * tile.vecs * L,
-                                                    resume);
-                      continue;
-                    }
-                  for (int64_t list = 0; list < lists; ++list) {
-                    const int64_t terms = terms_of[list * chunk_groups + t / K::group];
-                    const int32_t length[max_chains] = {static_cast<int32_t>(up(terms, K::chains)),
-                                                        static_cast<int32_t>(terms / 2)};
-                    const int64_t row0 = rows / lists * list;
-                    if (terms > 0 || !resume)
-                      multiply_rows<T, K::chains>(row + row0, rows / lists,
-                                                  term + list * table_size + t, length, packed,
-                                                  tile.vecs, to + row0 * tile.vecs * L, resume);
-                  }
-                }
-                total += rows * tile.vecs * L;
-              }
-              first = last;
-            }
-
-          if (shared) {
-            if (blocks_done.fetch_add(1) + 1 < sample_blocks) continue;
-            for (int64_t i = 0; i < sum_size; i += L) {
-              auto sum = Vec<T>::load(totals + i);
-              for (int64_t j = i + sum_size; j < shared_size; j += sum_size)
-                sum = sum + Vec<T>::load(totals + j);
-              sum.store(totals + i);
-            }
-          }
-          each_row(channels_inside, [&](int64_t r, int64_t c, int64_t d, int64_t h, int64_t w) {
-            const int64_t tap = (d * s.axis[1].kernel + h) * s.axis[2].kernel + w;
-            order[r] = static_cast<int32_t>(taps_first ? tap * channels + c : c * taps + tap);
-            position[r] = (channel0 + c) * weight_stride[1] + d * weight_stride[2] +
-                          h * weight_stride[3] + w * weight_stride[4];
-          });
-          const T* total = totals;
-          bool task_special = false;
-          for (int64_t i = 0; i < block.tiles; ++i) {
-            const LaneTile tile = block.tile(i);
-            const int64_t base = (group * s.group_out() + tile.first) * weight_stride[0];
-            if (p.keep_total)
-              task_special |= store_rows(total, rows, tile.vecs, tile.lanes, no_bias,
-                                         static_cast<T*>(p.weight.data) + base, position,
-                                         weight_stride[0], order);
-            else
-              task_special |= store_rows(total, rows, tile.vecs, tile.lanes, no_bias,
-                                         static_cast<S*>(p.weight.data) + base, position,
-                                         weight_stride[0], order);
-            total += rows * tile.vecs * L;
-          }
-          if (task_special) __atomic_store_n(&special, true, __ATOMIC_RELAXED);
-        }
-      });
+  WindowProduct<S> product(p, skip_padding);
+  if (!product.fits()) return false;
+  special |= product.run();
   return true;
 }
 
