@@ -172,13 +172,6 @@ class Conv(_Rules):
     tensors = 3
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        # As all rules do, without asking each argument what it is: a tiny call feels that.
-        input, weight, bias, *ctx.arguments = inputs
-        ctx.save_for_backward(input, weight, bias)
-        ctx.save_for_forward(input, weight, bias)
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         input, weight, _bias = ctx.saved_tensors
         geometry, groups, impl = ctx.arguments
@@ -194,7 +187,7 @@ class Conv(_Rules):
             )
         if needs_bias:
             grad_bias = conv_grad_bias(grad, None, impl)
-        return grad_input, grad_weight, grad_bias, None, None, None
+        return Conv.pad(ctx, grad_input, grad_weight, grad_bias)
 
     @staticmethod
     def jvp(ctx: Any, d_input: Any, d_weight: Any, d_bias: Any, *_: Any) -> Tensor | None:

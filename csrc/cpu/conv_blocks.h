@@ -28,6 +28,20 @@ struct Kind {
       is_half_type<S> ? FloatEnvironment::flush : FloatEnvironment::gradual;
 };
 
+// Shares tasks between the threads, if the multiply-adds of all are `work` enough: each makes
+// itself a workspace and calls run(task, workspace). Says whether a workspace became `special`.
+template <class K, class Make, class Run>
+bool run_tasks(int64_t tasks, int64_t work, const Make& make_workspace, const Run& run) {
+  bool special = false;
+  parallel_for(tasks, most(1, work_of_task * tasks / most(work, 1)), K::mode,
+               [&](int64_t begin, int64_t end) {
+                 auto workspace = make_workspace();
+                 for (int64_t task = begin; task < end; ++task) run(task, workspace);
+                 if (workspace.special) __atomic_store_n(&special, true, __ATOMIC_RELAXED);
+               });
+  return special;
+}
+
 // [0, count) cut into `pieces` of nearly equal length: the first element of piece i.
 TNC_INLINE int64_t cut_at(int64_t count, int64_t pieces, int64_t i) { return count * i / pieces; }
 

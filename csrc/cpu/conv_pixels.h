@@ -166,15 +166,9 @@ class PixelProduct {
   // Says whether an infinity or a NaN was written.
   bool run() {
     list_terms();
-    bool special = false;
-    const int64_t tasks = call_.groups * lane_blocks_ * boxes_;
-    parallel_for(tasks, most(1, work_of_task * tasks / most(work_, 1)), K::mode,
-                 [&](int64_t begin, int64_t end) {
-                   Workspace w = workspace();
-                   for (int64_t task = begin; task < end; ++task) run_task(task, w);
-                   if (w.special) __atomic_store_n(&special, true, __ATOMIC_RELAXED);
-                 });
-    return special;
+    return run_tasks<K>(
+        call_.groups * lane_blocks_ * boxes_, work_, [&] { return workspace(); },
+        [&](int64_t task, Workspace& w) { run_task(task, w); });
   }
 
  private:
@@ -185,7 +179,7 @@ class PixelProduct {
   void cut_axes(bool may_cut) {
     terms_in_place_ = !widens && phases_ == 1 && call_.image_stride[1] == 1 && !wide_;
     taps_in_place_ = terms_in_place_ && all_taps_ > 1 && pixel_pitch() <= pixel_bytes;
-    if (may_cut) choose_cuts(call_, grid_[0], wide_, taps_in_place_, cut_);
+    if (may_cut && taps_in_place_) choose_cuts(call_, grid_[0], wide_, true, cut_);
     for (int a = 0; a < 3; ++a)
       taps_in_place_ = taps_in_place_ && (cut_[a].count > 1 || !grid_[0][a].reads_padding());
     if (may_cut && !taps_in_place_) choose_cuts(call_, grid_[0], wide_, false, cut_);

@@ -150,15 +150,9 @@ class WindowProduct {
       plan_arena().reset(Arena::bytes_for<T>(shared_size_));
       shared_total_ = plan_arena().take<T>(shared_size_);
     }
-    bool special = false;
-    const int64_t tasks = s_.groups * lane_blocks_ * channel_blocks_ * sample_blocks_;
-    parallel_for(tasks, most(1, work_of_task * tasks / most(work_, 1)), K::mode,
-                 [&](int64_t begin, int64_t end) {
-                   Workspace w = workspace();
-                   for (int64_t task = begin; task < end; ++task) run_task(task, w);
-                   if (w.special) __atomic_store_n(&special, true, __ATOMIC_RELAXED);
-                 });
-    return special;
+    return run_tasks<K>(
+        s_.groups * lane_blocks_ * channel_blocks_ * sample_blocks_, work_,
+        [&] { return workspace(); }, [&](int64_t task, Workspace& w) { run_task(task, w); });
   }
 
  private:

@@ -302,6 +302,7 @@ class Scatter {
   // one distance is thrice the other: it would keep every multiple, and run out of registers.
   void add_abreast(const Lookup& lookup, const T* grad, const Index* index, Total<T>* to,
                    int64_t pitch) const {
+    static_assert(abreast == 8, "as many are added below");
     const int64_t windows = s_.axis[2].out, step = s_.axis[2].stride;
     for (int64_t plane = abreast; plane < 2 * abreast; ++plane) {
       prefetch(grad + plane * pitch, windows);
