@@ -50,7 +50,11 @@ bool run_matrix_unit(const ConvProblem& p, const MatrixLimits& limits) {
   if (others < limits.least_channels || (rows < limits.least_channels && !pays)) return false;
   if (s.batch * s.outputs() * s.taps() * s.group_in() * s.out_channels < limits.least_work)
     return false;
-  if (p.direction == Direction::grad_weight) return multiply_taps<Unit>(p, limits);
+  if (p.direction == Direction::grad_weight) {
+    const TapProduct<Unit> product(p, limits);
+    if (product.fits()) product.run();
+    return product.fits();
+  }
 
   if (shows_sign_of_zero<BFloat16>(p)) return false;
   const RawView& image = forward ? p.input : p.output;
