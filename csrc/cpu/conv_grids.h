@@ -107,8 +107,9 @@ struct Cut {
   }
 };
 
-// The terms of some pixels, group after group and chain after chain.
+// The terms of some pixels of a grid, group after group and chain after chain.
 struct Part {
+  const GridAxis* grid = nullptr;  // of three axes
   Stretch stretch[3];
   int32_t* start = nullptr;   // of each group
   int32_t* length = nullptr;  // of each chain of each group
@@ -116,10 +117,10 @@ struct Part {
   int64_t last_group;  // that has terms
 };
 
-// A grid, all its terms as the panels hold them, and its parts. The stride phases of a call, which
-// have the same image_step and differ in count by at most one, may share a patch.
-struct Phase {
-  GridAxis grid[3];
+// The terms that the panels hold, and the parts that share these panels: those of one grid, or
+// stride phases. Stride phases of a call, which have the same image_step and differ in count by at
+// most one, may also share a patch.
+struct PanelTerms {
   int32_t* start = nullptr;  // of each group
   int32_t* lane = nullptr;   // offset in the weight
   Part* part = nullptr;
