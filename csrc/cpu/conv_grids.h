@@ -283,11 +283,11 @@ inline int64_t cost_of(const Cut& d, const Cut& h, const Cut& w, int64_t samples
   return cost;
 }
 
-// Which axes to cut at the padding: those where that saves some of the work, or `all` that can be.
-// Vectors of pixels are not cut; shorter runs along w cost a little more to store.
+// Which axes to cut at the padding: those where at most that share of the work is left. Vectors of
+// pixels are not cut; shorter runs along w cost a little more to store.
 template <class S>
-void choose_cuts(const Images<S>& call, const GridAxis (&grid)[3], bool wide, bool all,
-                 Cut (&cut)[3]) {
+void choose_cuts(const Images<S>& call, const GridAxis (&grid)[3], bool wide,
+                 const double (&most_left)[3], Cut (&cut)[3]) {
   using T = typename Kind<S>::T;
   constexpr int chains = Kind<S>::chains, lanes = Vec<T>::lanes;
   const int tile_rows =
@@ -308,7 +308,7 @@ void choose_cuts(const Images<S>& call, const GridAxis (&grid)[3], bool wide, bo
     const int64_t after = cost();
     const int64_t parts = cut[0].count * cut[1].count * cut[2].count;
     if (parts > most_parts || parts * terms > 1 << 17 ||
-        (!all && double(after) > (a == 2 ? 0.95 : 0.98) * double(before)))
+        double(after) > most_left[a] * double(before))
       cut[a] = Cut(axis);
     else
       before = after;
