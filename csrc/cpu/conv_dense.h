@@ -3,7 +3,7 @@
 //
 //                rows            lanes            terms, in the contract's order
 //   forward      output pixels   output channels  (ic, kd, kh, kw)
-//   grad_input   input pixels    input channels   (oc, kd, kh, kw), one stride phase at a time
+//   grad_input   input pixels    input channels   (oc, kd, kh, kw), of each stride phase
 //   grad_weight  (ic, taps)      output channels  (od, oh, ow) of one sample, sample after sample
 //
 // Rows are never packed: the microkernel reads a row through a pointer and one offset per term that
