@@ -149,6 +149,8 @@ NAMED = {
     "pointwise, channels in pieces": (2, 300, 20, 1, [(28, 1, 1, 1, 0, 0)] * 2),
     "pointwise, rows side by side": (2, 45, 90, 1, [(16, 1, 1, 1, 0, 0), (18, 1, 1, 1, 0, 0)]),
     "phases stored apart": (2, 40, 24, 1, [(33, 3, 2, 1, 1, 1), (70, 3, 2, 1, 1, 1)]),
+    "pairs of phases, one shorter": (3, 40, 70, 1, [(21, 3, 2, 1, 1, 1), (45, 5, 2, 1, 2, 2)]),
+    "planes that crowd the cache": (1, 40, 40, 1, [(32, 3, 1, 1, 1, 1)] * 2),
     "pointwise, every second row": (1, 20, 20, 1, [(20, 1, 2, 1, 0, 0), (56, 1, 2, 1, 0, 0)]),
     "one filter, pointwise": (2, 48, 1, 1, [(13, 1, 1, 1, 0, 0), (25, 1, 1, 1, 0, 0)]),
     "two filters, pointwise": (1, 33, 2, 1, [(16, 1, 1, 1, 0, 0), (24, 1, 1, 1, 0, 0)]),

@@ -3,7 +3,7 @@
 //
 //                rows            lanes            terms, in the contract's order
 //   forward      output pixels   output channels  (ic, kd, kh, kw)
-//   grad_input   input pixels    input channels   (oc, kd, kh, kw), one stride phase at a time
+//   grad_input   input pixels    input channels   (oc, kd, kh, kw), of each stride phase
 //   grad_weight  (ic, taps)      output channels  (od, oh, ow) of one sample, sample after sample
 //
 // Rows are never packed: the microkernel reads a row through a pointer and one offset per term that
@@ -132,8 +132,11 @@ bool dense_grad_input(const ConvProblem& p) {
   }
   const GridAxis first[3] = {gradient_axis(s.axis[0], 0), gradient_axis(s.axis[1], 0),
                              gradient_axis(s.axis[2], 0)};
-  if (phases > 1 && phases <= most_phases && all_have_taps && has_vectors_of_pixels(call, first)) {
-    GridAxis grids[most_phases][3];  // few channels: the phases read one patch
+  // Rows of two phases are stored together, as are vectors of pixels of more.
+  const bool in_pairs = s.axis[2].stride == 2 && s.axis[2].in > 1 && p.input.stride[4] == 1;
+  if (phases > 1 && phases <= most_phases && all_have_taps &&
+      (in_pairs || has_vectors_of_pixels(call, first))) {
+    GridAxis grids[most_phases][3];  // the phases read one patch
     int count = 0;
     each_phase(s, [&](const GridAxis(&grid)[3]) {
       for (int a = 0; a < 3; ++a) grids[count][a] = grid[a];

@@ -107,8 +107,9 @@ struct Cut {
   }
 };
 
-// The terms of some pixels, group after group and chain after chain.
+// The terms of some pixels of a grid, group after group and chain after chain.
 struct Part {
+  const GridAxis* grid = nullptr;  // of three axes
   Stretch stretch[3];
   int32_t* start = nullptr;   // of each group
   int32_t* length = nullptr;  // of each chain of each group
@@ -116,10 +117,10 @@ struct Part {
   int64_t last_group;  // that has terms
 };
 
-// A grid, all its terms as the panels hold them, and its parts. The stride phases of a call, which
-// have the same image_step and differ in count by at most one, may share a patch.
-struct Phase {
-  GridAxis grid[3];
+// The terms that the panels hold, and the parts that share these panels: those of one grid, or
+// stride phases. Stride phases of a call, which have the same image_step and differ in count by at
+// most one, may also share a patch.
+struct PanelTerms {
   int32_t* start = nullptr;  // of each group
   int32_t* lane = nullptr;   // offset in the weight
   Part* part = nullptr;
@@ -282,11 +283,11 @@ inline int64_t cost_of(const Cut& d, const Cut& h, const Cut& w, int64_t samples
   return cost;
 }
 
-// Which axes to cut at the padding: those where that saves some of the work, or `all` that can be.
-// Vectors of pixels are not cut; shorter runs along w cost a little more to store.
+// Which axes to cut at the padding: those where at most that share of the work is left. Vectors of
+// pixels are not cut; shorter runs along w cost a little more to store.
 template <class S>
-void choose_cuts(const Images<S>& call, const GridAxis (&grid)[3], bool wide, bool all,
-                 Cut (&cut)[3]) {
+void choose_cuts(const Images<S>& call, const GridAxis (&grid)[3], bool wide,
+                 const double (&most_left)[3], Cut (&cut)[3]) {
   using T = typename Kind<S>::T;
   constexpr int chains = Kind<S>::chains, lanes = Vec<T>::lanes;
   const int tile_rows =
@@ -307,7 +308,7 @@ void choose_cuts(const Images<S>& call, const GridAxis (&grid)[3], bool wide, bo
     const int64_t after = cost();
     const int64_t parts = cut[0].count * cut[1].count * cut[2].count;
     if (parts > most_parts || parts * terms > 1 << 17 ||
-        (!all && double(after) > (a == 2 ? 0.95 : 0.98) * double(before)))
+        double(after) > most_left[a] * double(before))
       cut[a] = Cut(axis);
     else
       before = after;

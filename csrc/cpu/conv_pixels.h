@@ -9,25 +9,25 @@ namespace torch_naiveconv::TNC_ISA {
 // The product of one tile of lanes for all rows of a box, `rows[i]` of part i: the groups from g0
 // to g1 on top of the totals of the earlier ones. `finish` takes the totals of a part's last group.
 template <class S, class T>
-void multiply_lanes(const Images<S>& call, const Phase& phase, const S* weight, LaneTile tile,
+void multiply_lanes(const Images<S>& call, const PanelTerms& all, const S* weight, LaneTile tile,
                     int64_t g0, int64_t g1, bool wide, bool apart, int64_t step,
                     const T* const* row, const int64_t* rows, T* panel, T* total,
                     const Finish<T>* finish) {
   using K = Kind<S>;
   const int64_t pitch = (wide ? tile.lanes : tile.vecs) * Vec<T>::lanes;
   for (int64_t g = g0; g < g1; ++g) {
-    const int32_t* const lane = phase.lane + phase.start[g];
-    const int64_t n = phase.start[g + 1] - phase.start[g];
+    const int32_t* const lane = all.lane + all.start[g];
+    const int64_t n = all.start[g + 1] - all.start[g];
     if (n == 0 && g > 0) continue;
-    const int32_t* const start = phase.start + g;
+    const int32_t* const start = all.start + g;
     pack_panel(panel, wide ? tile.lanes : tile.vecs * Vec<T>::lanes, tile.lanes, weight,
-               call.lane_stride, lane, n, step, phase.lane + start[1],
+               call.lane_stride, lane, n, step, all.lane + start[1],
                g + 1 < g1 ? start[2] - start[1] : 0);
     const T* const* from = row;
     T* to = total;
     Finish<T> here = finish ? *finish : Finish<T>{};
-    for (int64_t i = 0; i < phase.parts; ++i) {
-      const Part& part = phase.part[i];
+    for (int64_t i = 0; i < all.parts; ++i) {
+      const Part& part = all.part[i];
       const Term* const terms = part.term + part.start[g];
       const int32_t* const length = part.length + g * K::chains;
       const Finish<T>* const closes = finish && g == part.last_group ? &here : nullptr;
@@ -79,8 +79,8 @@ bool store_vectors(const T* total, int64_t vectors, int lanes, const T* bias, S*
 
 // Rows of the result that the stride phases along w fill in turns.
 struct Interleaved {
-  int64_t per_row;        // vectors of each phase
-  int64_t last_elements;  // of the result, in the last vectors of a row
+  int64_t per_row;        // vectors, or pixels, of each phase
+  int64_t last_elements;  // of the result, in the last of these
 };
 
 // Stores the totals of multiply_vectors for `Phases` phases, phase after phase `apart` in memory:
@@ -129,6 +129,52 @@ bool store_interleaved(const T* total, int64_t apart, int64_t vectors, int lanes
   return V::any(special);
 }
 
+// Stores the totals of multiply_rows like store_rows for two phases, phase after phase `apart` in
+// memory: their pixels, row.per_row of them in a row, take turns in the result.
+template <class T, class S>
+bool store_pairs(const T* total, int64_t apart, int64_t rows, int vecs, int lanes, const T* bias,
+                 S* target, const int64_t* position, int64_t to_channel, const Interleaved& row) {
+  using V = Vec<T>;
+  constexpr int L = V::lanes;
+  auto special = is_special(V::zero());
+  for (int j = 0; j < lanes; j += L) {
+    const V b = V::load(bias + j);
+    const int some = static_cast<int>(least(lanes - j, L));
+    for (int64_t r = 0, run; r < rows; r += run) {
+      const int64_t rest = row.per_row - r % row.per_row;  // of the row
+      run = least(rest, L);
+      const int64_t elements = rest <= L ? 2 * (run - 1) + row.last_elements : 2 * L;
+      S* const to = target + position[r] + j * to_channel;
+      const S* const ahead = target + position[least(r + L, rows - 1)] + j * to_channel;
+      V block[2][L];
+      for (int k = 0; k < 2; ++k) {
+        const T* const from = total + k * apart + r * vecs * L + j;
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) {
+          prefetch_to_write(ahead + i * to_channel + k * L);
+          const V sum = i < run ? V::load(from + i * vecs * L) + b : V::zero();
+          special = V::either(special, is_special(sum));
+          block[k][i] = canonical(sum);
+        }
+        V::transpose(block[k]);
+      }
+      for (int i = 0; i < some; ++i) {
+        V result[2];
+        V::merge(block[0][i], block[1][i], result[0], result[1]);
+        if (elements == 2 * L) {
+          result[0].store(to + i * to_channel);
+          result[1].store(to + i * to_channel + L);
+        } else {
+          result[0].store(to + i * to_channel, static_cast<int>(least(elements, L)));
+          if (elements > L)
+            result[1].store(to + i * to_channel + L, static_cast<int>(elements - L));
+        }
+      }
+    }
+  }
+  return V::any(special);
+}
+
 // One call as a product: its plan, which the threads share, and what a task does. A task is a box
 // of pixels for a block of lanes; its steps, from run_task on, follow each other below.
 template <class S>
@@ -174,19 +220,31 @@ class PixelProduct {
  private:
   // ---- the plan --------------------------------------------------------------------------------
 
-  // What lies side by side are the terms of a pixel: then rows can be read in place, unless the
-  // pixels lie so far apart that their lines crowd few sets of the first cache.
+  // Where the terms of a pixel lie side by side, or pixels, rows can be read in place, unless their
+  // lines crowd few sets of the first cache. Then padding has to be cut away.
   void cut_axes(bool may_cut) {
-    terms_in_place_ = !widens && phases_ == 1 && call_.image_stride[1] == 1 && !wide_;
-    taps_in_place_ = terms_in_place_ && all_taps_ > 1 && pixel_pitch() <= pixel_bytes;
-    if (may_cut && taps_in_place_) choose_cuts(call_, grid_[0], wide_, true, cut_);
+    constexpr double if_it_saves[3] = {0.98, 0.98, 0.95}, unless_it_costs[3] = {1, 1, 1};
+    constexpr double always[3] = {HUGE_VAL, HUGE_VAL, HUGE_VAL};
+    const bool in_place = !widens && phases_ == 1 && !wide_;
+    terms_in_place_ = in_place && call_.image_stride[1] == 1;
+    taps_in_place_ = all_taps_ > 1 && (terms_in_place_ ? pixel_pitch() <= pixel_bytes
+                                                       : in_place && call_.image_stride[4] == 1 &&
+                                                             !channels_crowd());
+    if (may_cut && taps_in_place_)
+      choose_cuts(call_, grid_[0], wide_, terms_in_place_ ? always : unless_it_costs, cut_);
     for (int a = 0; a < 3; ++a)
       taps_in_place_ = taps_in_place_ && (cut_[a].count > 1 || !grid_[0][a].reads_padding());
-    if (may_cut && !taps_in_place_) choose_cuts(call_, grid_[0], wide_, false, cut_);
+    if (may_cut && !taps_in_place_) choose_cuts(call_, grid_[0], wide_, if_it_saves, cut_);
     for (int a = 0; a < 3; ++a) reach_[a] = Reach(grid_, phases_, a, cut_[a].count > 1);
   }
   int64_t pixel_pitch() const {  // bytes
     return std::llabs(call_.image_stride[4]) * int64_t{sizeof(S)};
+  }
+  // Of the channels of a group, do several begin at one position of the 4096 bytes that the sets of
+  // a first cache take turns over?
+  bool channels_crowd() const {
+    const int64_t apart = std::llabs(call_.image_stride[1]) * int64_t{sizeof(S)};
+    return apart == 0 || 4096 / least(4096, apart & -apart) < channels_in_group();
   }
   bool channels_last() const { return call_.image_stride[1] == 1 && call_.image_stride[4] != 1; }
   int64_t channels_in_group() const {
@@ -204,8 +262,13 @@ class PixelProduct {
       lane_blocks_ = least(threads, up(lane_vecs, Size::vecs));
     const int64_t pixels_of_patch = patch_bytes / (int64_t{sizeof(T)} * channels_in_group());
     int64_t target = least(rows_of_task, most(rows_of_task / 2, pixels_of_patch));
-    if (phases_ > 1)
-      target = least(target, most(64, phase_bytes / (int64_t{sizeof(T)} * call_.lanes * phases_)));
+    if (phases_ > 1) {
+      const int64_t lanes = wide_ ? call_.lanes : least(call_.lanes, Size::vecs * L);
+      target = least(target, most(64, phase_bytes / (int64_t{sizeof(T)} * lanes * phases_)));
+      // All channels in one patch, or the totals of all lanes are kept.
+      if (!wide_)
+        target = least(target, most(64, phase_bytes / (int64_t{sizeof(T)} * call_.image_channels)));
+    }
     if (channels_last() && all_taps_ > 1) {  // some channels are read at a time, lines hold more
       const int64_t pixel = call_.image_channels * int64_t{sizeof(S)} * reach_[0].step *
                             reach_[1].step * reach_[2].step;
@@ -262,7 +325,8 @@ class PixelProduct {
     apart_ = !patched_ && terms_in_place_ && pixel_pitch() >= 64;
 
     const int64_t plane = box_samples_ * size[0] * size[1] * size[2] * int64_t{sizeof(T)};
-    patch_channels_ = least(call_.image_channels, most(patch_bytes / plane, channels_in_group()));
+    const int64_t limit = phases_ > 1 && !wide_ ? 2 * phase_bytes : patch_bytes;
+    patch_channels_ = least(call_.image_channels, most(limit / plane, channels_in_group()));
     one_chunk_ = turned_ || patch_channels_ == call_.image_channels;
     // Vectors of pixels that a stride of 2 steps through: every second element of a row side by
     // side.
@@ -277,85 +341,108 @@ class PixelProduct {
     for (int a = 0; a < 3; ++a)
       row_step_[a] = reach_[a].step / (patched_ ? reach_[a].hop : 1) * layout_.axis[a];
     if (halves) row_step_[2] = 1;
-    // Phases of few channels along w are stored together.
+    // Phases along w are stored together.
     const int64_t stride = grid_[0][2].step;
-    if (wide_ && call_.target_stride[4] == 1 && (stride == 2 || stride == 4) && phases_ >= stride &&
-        grid_[stride - 1][2].first == stride - 1)
-      at_once_ = static_cast<int>(stride);
+    if (call_.target_stride[4] == 1 && (stride == 2 || (wide_ && stride == 4)) &&
+        phases_ >= stride && grid_[stride - 1][2].first == stride - 1)
+      in_turns_ = static_cast<int>(stride);
   }
 
-  // The tables of the phases and their parts.
+  // The tables of the panels and their parts.
   void list_terms() {
     groups_ = up(call_.image_channels * all_taps_, K::group);
-    parts_ = cut_[0].count * cut_[1].count * cut_[2].count;
+    panels_ = wide_ ? phases_ : 1;
+    parts_ = cut_[0].count * cut_[1].count * cut_[2].count * grids_of_panel();
     const int64_t terms_of_parts =
         phases_ > 1 ? terms_
                     : call_.image_channels * cut_[0].taps() * cut_[1].taps() * cut_[2].taps();
     constexpr size_t rounding = Arena::bytes_for<char>(64);  // of one piece more
     Arena& plan = plan_arena();
-    plan.reset(Arena::bytes_for<Phase>(phases_) + Arena::bytes_for<int32_t>(terms_) +
+    plan.reset(Arena::bytes_for<PanelTerms>(panels_) + Arena::bytes_for<int32_t>(most_terms()) +
                Arena::bytes_for<Term>(terms_of_parts) +
-               phases_ * (Arena::bytes_for<Part>(parts_) + rounding) +
-               phases_ * (parts_ + 1) *
+               panels_ * (Arena::bytes_for<Part>(parts_) + rounding) +
+               panels_ * (parts_ + 1) *
                    (Arena::bytes_for<int32_t>(groups_ + 1) + rounding +
                     Arena::bytes_for<int32_t>(groups_ * K::chains)) +
                Arena::bytes_for<int32_t>(call_.image_channels * all_taps_) +
-               3 * Arena::bytes_for<int64_t>(most_taps_));
-    phase_ = plan.take<Phase>(phases_);
+               3 * Arena::bytes_for<int64_t>(all_taps_));
+    panel_ = plan.take<PanelTerms>(panels_);
     int32_t* const packed = plan.take<int32_t>(call_.image_channels * all_taps_);
-    Taps taps(plan, most_taps_);
+    Taps taps(plan, all_taps_);
+    for (int i = 0; i < panels_; ++i) {
+      list_panel(panel_[i], grid_[i], plan, taps, packed);
+      panel_[i].parts = 0;
+      panel_[i].part = plan.take<Part>(parts_);
+      for (int k = i; k < i + grids_of_panel(); ++k)
+        list_parts(panel_[i], grid_[k], plan, taps, packed);
+    }
+  }
+  int grids_of_panel() const { return wide_ ? 1 : phases_; }
+  int64_t most_terms() const {  // that the panels hold
+    return most(terms_, call_.image_channels * all_taps_);
+  }
+
+  // The terms of a grid, or of all, and where each is packed.
+  void list_panel(PanelTerms& p, const GridAxis (&grid)[3], Arena& plan, Taps& taps,
+                  int32_t* packed) const {
+    GridAxis axis[3];
+    for (int a = 0; a < 3; ++a) {
+      if (grids_of_panel() == 1)
+        axis[a] = grid[a];
+      else
+        axis[a].taps = call_.kernel[a];
+    }
+    const int64_t anywhere[3] = {0, 0, 0};
+    taps.list(call_, axis,
+              {Cut(axis[0]).stretch[0], Cut(axis[1]).stretch[0], Cut(axis[2]).stretch[0]}, anywhere,
+              layout_);
+    p.start = plan.take<int32_t>(groups_ + 1);
+    p.lane = plan.take<int32_t>(call_.image_channels * taps.count);
+    int32_t* const length = plan.take<int32_t>(groups_);
+    each_term<1>(call_, taps, groups_, p.start, length,
+                 [&](int64_t t, int64_t channel, int64_t tap, int64_t number) {
+                   p.lane[t] =
+                       static_cast<int32_t>(channel * call_.channel_stride + taps.in_weight[tap]);
+                   packed[number] = static_cast<int32_t>(t - p.start[number / K::group]);
+                 });
+  }
+
+  // The parts of one grid.
+  void list_parts(PanelTerms& p, const GridAxis (&grid)[3], Arena& plan, Taps& taps,
+                  const int32_t* packed) {
     int64_t first_shift[3] = {0, 0, 0};
     for (int a = 0; a < 3 && patched_; ++a) first_shift[a] = reach_[a].first_shift;
-    for (int i = 0; i < phases_; ++i) {
-      Phase& p = phase_[i];
-      for (int a = 0; a < 3; ++a) {
-        p.grid[a] = grid_[i][a];
-        if (phases_ > 1) cut_[a] = Cut(p.grid[a]);
-      }
-      const Cut whole[3] = {Cut(p.grid[0]), Cut(p.grid[1]), Cut(p.grid[2])};
-      taps.list(call_, p.grid, {whole[0].stretch[0], whole[1].stretch[0], whole[2].stretch[0]},
-                first_shift, layout_);
-      p.start = plan.take<int32_t>(groups_ + 1);
-      p.lane = plan.take<int32_t>(call_.image_channels * taps.count);
-      int32_t* const length = plan.take<int32_t>(groups_);
-      each_term<1>(call_, taps, groups_, p.start, length,
-                   [&](int64_t t, int64_t channel, int64_t tap, int64_t number) {
-                     p.lane[t] =
-                         static_cast<int32_t>(channel * call_.channel_stride + taps.in_weight[tap]);
-                     packed[number] = static_cast<int32_t>(t - p.start[number / K::group]);
-                   });
-      p.parts = 0;
-      p.part = plan.take<Part>(parts_);
-      for (int d = 0; d < cut_[0].count; ++d)
-        for (int h = 0; h < cut_[1].count; ++h)
-          for (int w = 0; w < cut_[2].count; ++w) {
-            Part& part = p.part[p.parts++];
-            const Stretch* const s[3] = {&cut_[0].stretch[d], &cut_[1].stretch[h],
-                                         &cut_[2].stretch[w]};
-            for (int a = 0; a < 3; ++a) part.stretch[a] = *s[a];
-            taps.list(call_, p.grid, part.stretch, first_shift, layout_);
-            part.start = plan.take<int32_t>(groups_ + 1);
-            part.length = plan.take<int32_t>(groups_ * K::chains);
-            part.term = plan.take<Term>(call_.image_channels * taps.count);
-            each_term<K::chains>(call_, taps, groups_, part.start, part.length,
-                                 [&](int64_t t, int64_t channel, int64_t tap, int64_t number) {
-                                   const int64_t in_place =
-                                       channel * layout_.channel + taps.in_image[tap];
-                                   part.term[t] = {static_cast<int32_t>(in_place), packed[number]};
-                                 });
-            part.last_group = 0;
-            for (int64_t g = 1; g < groups_; ++g)
-              if (part.start[g] < part.start[g + 1]) part.last_group = g;
-          }
-    }
+    for (int a = 0; a < 3 && phases_ > 1; ++a) cut_[a] = Cut(grid[a]);
+    for (int d = 0; d < cut_[0].count; ++d)
+      for (int h = 0; h < cut_[1].count; ++h)
+        for (int w = 0; w < cut_[2].count; ++w) {
+          Part& part = p.part[p.parts++];
+          const Stretch* const s[3] = {&cut_[0].stretch[d], &cut_[1].stretch[h],
+                                       &cut_[2].stretch[w]};
+          part.grid = grid;
+          for (int a = 0; a < 3; ++a) part.stretch[a] = *s[a];
+          taps.list(call_, grid, part.stretch, first_shift, layout_);
+          part.start = plan.take<int32_t>(groups_ + 1);
+          part.length = plan.take<int32_t>(groups_ * K::chains);
+          part.term = plan.take<Term>(call_.image_channels * taps.count);
+          each_term<K::chains>(call_, taps, groups_, part.start, part.length,
+                               [&](int64_t t, int64_t channel, int64_t tap, int64_t number) {
+                                 const int64_t in_place =
+                                     channel * layout_.channel + taps.in_image[tap];
+                                 part.term[t] = {static_cast<int32_t>(in_place), packed[number]};
+                               });
+          part.last_group = 0;
+          for (int64_t g = 1; g < groups_; ++g)
+            if (part.start[g] < part.start[g + 1]) part.last_group = g;
+        }
   }
 
   // ---- a task ----------------------------------------------------------------------------------
 
   struct Workspace {
     T *totals, *panel, *patch, *bias;
-    const T** row;                // of each phase, part after part
-    int64_t *position, *rows_of;  // of each row in the result; of each part of each phase
+    const T** row;                // part after part
+    int64_t *position, *rows_of;  // of each row in the result; of each part
     bool special = false;         // was an infinity or a NaN stored?
   };
   struct Place {  // of a task: pixels [lower, upper) of n, d, h, w, and what they read
@@ -368,13 +455,14 @@ class PixelProduct {
     return wide_ ? call_.lanes : up(up(call_.lanes, L), lane_blocks_) * L;
   }
   // Totals are kept from chunk to chunk, else only those of one tile of lanes.
-  int64_t totals_of_phase() const {
+  int64_t totals_of_panel() const {
     const int64_t all = wide_ ? call_.lanes * L : most_lanes();
-    return box_rows_ * (one_chunk_ ? least(all, L * (wide_ ? Size::rows : Size::vecs)) : all);
+    return grids_of_panel() * box_rows_ *
+           (one_chunk_ ? least(all, L * (wide_ ? Size::rows : Size::vecs)) : all);
   }
 
   Workspace workspace() const {
-    const int64_t totals = totals_of_phase() * (one_chunk_ ? at_once_ : phases_);
+    const int64_t totals = totals_of_panel() * (one_chunk_ ? at_once() : panels_);
     const int64_t panel = K::group * (wide_ ? Size::rows : L * Size::vecs);
     const int64_t patch = patched_ ? box_samples_ * layout_.elements + L : 0;
     const int64_t bias = up(most_lanes(), L) * L, rows = box_rows_ * phases_;
@@ -382,7 +470,7 @@ class PixelProduct {
     arena.reset(Arena::bytes_for<T>(totals) + Arena::bytes_for<T>(panel) +
                 Arena::bytes_for<T>(patch) + Arena::bytes_for<T>(bias) +
                 Arena::bytes_for<const T*>(rows) + Arena::bytes_for<int64_t>(rows) +
-                Arena::bytes_for<int64_t>(phases_ * parts_));
+                Arena::bytes_for<int64_t>(panels_ * parts_));
     Workspace w;
     w.totals = arena.take<T>(totals);
     w.panel = arena.take<T>(panel);
@@ -390,7 +478,7 @@ class PixelProduct {
     w.bias = arena.take<T>(bias);
     w.row = arena.take<const T*>(rows);
     w.position = arena.take<int64_t>(rows);
-    w.rows_of = arena.take<int64_t>(phases_ * parts_);
+    w.rows_of = arena.take<int64_t>(panels_ * parts_);
     return w;
   }
 
@@ -437,7 +525,7 @@ class PixelProduct {
     return place;
   }
 
-  // The rows of each part of each phase, and where they will be stored.
+  // The rows of each part, and where they will be stored.
   void find_rows(const Place& place, Workspace& w) const {
     const int64_t *const lower = place.lower, *const upper = place.upper;
     int64_t shift = 0;  // of a row's pointer, where the box begins later than its reads would
@@ -445,16 +533,16 @@ class PixelProduct {
       shift += (lower[a + 1] * reach_[a].step + reach_[a].first_shift - place.box.from[a]) *
                layout_.axis[a];
     int64_t next = 0;
-    for (int64_t i = 0; i < phases_ * parts_; ++i) {
-      const GridAxis(&grid)[3] = phase_[i / parts_].grid;
-      const Part& part = phase_[i / parts_].part[i % parts_];
+    for (int64_t i = 0; i < panels_ * parts_; ++i) {
+      const Part& part = panel_[i / parts_].part[i % parts_];
+      const GridAxis* const grid = part.grid;
       int64_t from_pixel[3], to_pixel[3];
       for (int a = 0; a < 3; ++a) {
         from_pixel[a] = most(lower[a + 1], part.stretch[a].from);
         to_pixel[a] = least(upper[a + 1], part.stretch[a].to);
       }
       // A phase with a pixel less has it nevertheless; it is not stored.
-      if (at_once_ > 1) to_pixel[2] = upper[3];
+      if (in_turns_ > 1) to_pixel[2] = upper[3];
       if (i % parts_ == 0) next = i / parts_ * box_rows_;
       const int64_t first = next, width = to_pixel[2] - from_pixel[2];
       for (int64_t n = lower[0]; n < upper[0]; ++n)
@@ -492,14 +580,16 @@ class PixelProduct {
                  channels);
   }
 
-  // The groups from g0 to g1 for all tiles of lanes, phase after phase.
+  int at_once() const { return wide_ ? in_turns_ : 1; }  // panels whose results take turns
+
+  // The groups from g0 to g1 for all tiles of lanes, panel after panel.
   void multiply_groups(const Place& place, Workspace& w, int64_t g0, int64_t g1) const {
     const LaneBlock<T, K::chains> block(call_.lanes, place.lane_block, lane_blocks_);
     const int64_t tiles = wide_ ? up(call_.lanes, Size::rows) : block.tiles;
-    for (int i = 0; i < phases_; i += at_once_) {
+    for (int i = 0; i < panels_; i += at_once()) {
       int64_t rows = 0;
       for (int64_t j = 0; j < parts_; ++j) rows += w.rows_of[i * parts_ + j];
-      T* total = w.totals + (one_chunk_ ? 0 : i * totals_of_phase());
+      T* total = w.totals + (one_chunk_ ? 0 : i * totals_of_panel());
       for (int64_t j = 0; j < tiles && rows > 0; ++j) {
         LaneTile tile;
         if (wide_) {
@@ -515,7 +605,7 @@ class PixelProduct {
     }
   }
 
-  // One tile of lanes for phase i, or those that are stored together; after the last group it is
+  // One tile of lanes for panel i, or those that are stored together; after the last group it is
   // stored.
   void multiply_tile(const Place& place, Workspace& w, int i, int64_t rows, const LaneTile& tile,
                      int64_t g0, int64_t g1, T* total) const {
@@ -527,8 +617,8 @@ class PixelProduct {
     const S* const weight =
         call_.weight + place.group * call_.group_stride + tile.first * call_.lane_stride;
     S* const to = call_.target + channel * call_.target_stride[1];
-    const int64_t to_pixel = phase_[i].grid[2].step * call_.target_stride[4];
-    const int64_t width = least(place.upper[3], phase_[i].grid[2].count) - place.lower[3];
+    const int64_t to_pixel = grid_[i][2].step * call_.target_stride[4];
+    const int64_t width = least(place.upper[3], grid_[i][2].count) - place.lower[3];
     const int pixels = static_cast<int>(least(width, L));
     if constexpr (!widens) {
       if (turned_) {
@@ -538,23 +628,23 @@ class PixelProduct {
         Finish<T> finish{to,     w.position + i * box_rows_,  call_.target_stride[1],
                          w.bias, wide_ ? pixels : tile.lanes, &w.special};
         const bool finishes = wide_ ? to_pixel == 1 : call_.target_stride[1] == 1;
-        multiply_phases(w, i, tile, weight, g0, g1, total, finishes ? &finish : nullptr);
+        multiply_panels(w, i, tile, weight, g0, g1, total, finishes ? &finish : nullptr);
         if (finishes) return;
       }
     } else {
-      multiply_phases(w, i, tile, weight, g0, g1, total, nullptr);
+      multiply_panels(w, i, tile, weight, g0, g1, total, nullptr);
     }
     if (g1 == groups_) store(place, w, i, rows, tile, total, to, to_pixel, width);
   }
 
-  void multiply_phases(const Workspace& w, int i, const LaneTile& tile, const S* weight, int64_t g0,
+  void multiply_panels(const Workspace& w, int i, const LaneTile& tile, const S* weight, int64_t g0,
                        int64_t g1, T* total, const Finish<T>* finish) const {
     // What lies side by side in the weight: the taps of a channel, or the channels of a tap.
     const int64_t step = call_.channel_stride == 1 ? most_taps_ : 1;
-    for (int k = i; k < i + at_once_; ++k)
-      multiply_lanes(call_, phase_[k], weight, tile, g0, g1, wide_, apart_, step,
+    for (int k = i; k < i + at_once(); ++k)
+      multiply_lanes(call_, panel_[k], weight, tile, g0, g1, wide_, apart_, step,
                      w.row + k * box_rows_, w.rows_of + k * parts_, w.panel,
-                     total + (k - i) * totals_of_phase(), finish);
+                     total + (k - i) * totals_of_panel(), finish);
   }
 
   void multiply_turned_rows(const Workspace& w, int64_t rows, const LaneTile& tile, const T* weight,
@@ -564,10 +654,16 @@ class PixelProduct {
     each_wide_run<T, 1>(tile.lanes, rows, [&](Tiles<T>, int64_t v, int64_t run, int vecs) {
       for (int64_t k = 0; k < run * vecs; ++k)
         turned_of<T>(tile.lanes)(
-            filter, call_.channel_stride, w.row[v + k] + phase_->part->term->in_place, row_step_[2],
+            filter, call_.channel_stride, w.row[v + k] + panel_->part->term->in_place, row_step_[2],
             L * row_step_[2], groups_, call_.image_channels / groups_,
             total + ((v + k / vecs * vecs) * tile.lanes + k % vecs) * L, vecs * L, false);
     });
+  }
+
+  int64_t row_size(int i) const {  // of the result, if phases from i on take turns
+    int64_t size = 0;
+    for (int k = i; k < i + in_turns_; ++k) size += grid_[k][2].count;
+    return size;
   }
 
   void store(const Place& place, Workspace& w, int i, int64_t rows, const LaneTile& tile,
@@ -575,15 +671,23 @@ class PixelProduct {
     const int64_t to_channel = call_.target_stride[1];
     const int64_t* to_row = w.position + i * box_rows_;
     const int pixels = static_cast<int>(least(width, L));
-    if (at_once_ > 1) {
-      int64_t size = 0;  // of the result's rows
-      for (int k = i; k < i + at_once_; ++k) size += phase_[k].grid[2].count;
+    if (in_turns_ > 1 && wide_) {
       const int64_t last = place.lower[3] + most(width - L, 0);  // pixel of the last vector
-      const Interleaved order{up(width, L), least(at_once_ * pixels, size - last * at_once_)};
-      const auto store = at_once_ == 2 ? store_interleaved<2, T, K::chains, S>
-                                       : store_interleaved<4, T, K::chains, S>;
+      const Interleaved order{up(width, L),
+                              least(in_turns_ * pixels, row_size(i) - last * in_turns_)};
+      const auto store = in_turns_ == 2 ? store_interleaved<2, T, K::chains, S>
+                                        : store_interleaved<4, T, K::chains, S>;
       w.special |=
-          store(total, totals_of_phase(), rows, tile.lanes, w.bias, to, to_row, to_channel, order);
+          store(total, totals_of_panel(), rows, tile.lanes, w.bias, to, to_row, to_channel, order);
+    } else if (in_turns_ > 1) {
+      const Interleaved order{width, least(2, row_size(i) - 2 * (place.lower[3] + width - 1))};
+      for (int64_t k = 0; k < parts_; k += 2) {
+        const int64_t some = w.rows_of[k], apart = some * tile.vecs * L;
+        w.special |= store_pairs(total, apart, some, tile.vecs, tile.lanes, w.bias, to, to_row,
+                                 to_channel, order);
+        total += 2 * apart;
+        to_row += 2 * some;
+      }
     } else if (wide_) {
       for (int64_t k = 0; k < parts_; ++k) {
         const int64_t some = w.rows_of[i * parts_ + k];
@@ -613,9 +717,10 @@ class PixelProduct {
   bool one_chunk_;
   int64_t patch_channels_;
   int64_t row_step_[3];  // from pixel to pixel, in the image or the patch
-  int at_once_ = 1;      // phases that are stored together
+  int in_turns_ = 1;     // phases along w that are stored together
+  int panels_;           // one for each phase, or one that all of them share
   int64_t groups_, parts_;
-  Phase* phase_;
+  PanelTerms* panel_;
 };
 
 // Writes the pixels of the grids: of one, or of the stride phases of one call. Returns false to
