@@ -172,6 +172,7 @@ class WindowProduct {
     patched_ = patched_ || (!skip_padding_ && image_reach > INT32_MAX);
     fits_ = grad_reach <= INT32_MAX && (patched_ || image_reach <= INT32_MAX);
     alike_ = !patched_ && !skip_padding_ && s_.axis[0].out * s_.axis[1].out == 1;
+    rows_side_by_side_ = alike_ && taps_ == 1 && p_.input.stride[1] == 1;
     side_by_side_ = alike_ && taps_ == 1 && s_.axis[2].stride * p_.input.stride[4] == 1;
   }
 
@@ -255,7 +256,7 @@ class WindowProduct {
     int64_t group = 0, channel0 = 0, channels = 0, rows = 0, first_sample = 0, last_sample = 0;
     bool keeps = false;  // the sums of its groups
     const S *image = nullptr, *grad = nullptr;
-    int64_t panel_step = 0;  // if lanes are read in place: panel rows from term to term; else zero
+    bool in_place = false;  // are the lanes read where they are?
   };
   struct Chunk {  // pixels [first, last) of a sample: the groups whose windows fit the caches
     int64_t first, last;
@@ -340,14 +341,12 @@ class WindowProduct {
     b.image = static_cast<const S*>(p_.input.data) +
               (b.group * s_.group_in() + b.channel0) * p_.input.stride[1];
     b.grad = static_cast<const S*>(p_.output.data) + b.group * s_.group_out() * p_.output.stride[1];
-    // Lanes that lie side by side serve a single tile of rows where they are, if the terms are
-    // whole rows of a panel apart.
-    const int64_t pitch = p_.output.stride[4], panel_row = b.lanes.vecs / b.lanes.tiles * L;
-    const bool in_place = !widens && alike_ && p_.output.stride[1] == 1 && b.rows <= tile_rows_ &&
-                          b.lanes.vecs % b.lanes.tiles == 0 &&
-                          (b.lanes.first_vec + b.lanes.vecs) * L <= s_.group_out() &&
-                          pitch % panel_row == 0;
-    b.panel_step = in_place ? pitch / panel_row : 0;
+    // Lanes that lie side by side are read in place, unless the lines of a group crowd few sets of
+    // the first cache: those of a tile are to fill what is left between powers of two.
+    const int64_t pitch = p_.output.stride[4];
+    b.in_place = !widens && rows_side_by_side_ && p_.output.stride[1] == 1 &&
+                 (b.lanes.first_vec + b.lanes.vecs) * L <= s_.group_out() &&
+                 (pitch & -pitch) <= b.lanes.vecs / b.lanes.tiles * L;
     return b;
   }
 
@@ -445,8 +444,6 @@ class WindowProduct {
                                        skip_padding_ ? tap : nullptr, w.term + list * table_size(),
                                        w.terms_of + list * chunk_groups_);
     }
-    for (int64_t i = 0; i < last - first && b.panel_step > 0; ++i)
-      w.term[i].packed *= static_cast<int32_t>(b.panel_step);
   }
 
   // One tile of lanes, the groups of a chunk.
@@ -465,14 +462,15 @@ class WindowProduct {
       const bool resume = !b.keeps && (begun || t > 0);
       const int64_t kept = (n - first_kept_) * sample_groups_ + (c.first + t) / K::group;
       T* const to = total + (b.keeps ? (1 + kept) * sum_size_ : 0);
-      const T* packed = w.panel;
-      if (b.panel_step > 0)
-        packed = reinterpret_cast<const T*>(lanes) + t * stride[4];
-      else
-        pack_panel(w.panel, tile.vecs * L, tile.lanes, lanes, stride[1], w.lane_offset + t, terms,
-                   1, w.lane_offset + t + K::group, least(left - K::group, K::group));
       if constexpr (!widens)
-        if (side_by_side_ && b.panel_step == 0 && terms == K::group) {
+        if (b.in_place) {
+          multiply_in_place(b, tile, t, reinterpret_cast<const T*>(lanes), terms, to, resume, w);
+          continue;
+        }
+      pack_panel(w.panel, tile.vecs * L, tile.lanes, lanes, stride[1], w.lane_offset + t, terms, 1,
+                 w.lane_offset + t + K::group, least(left - K::group, K::group));
+      if constexpr (!widens)
+        if (side_by_side_ && terms == K::group) {
           multiply_whole_group(b, c, tile, t, to, resume, w);
           continue;
         }
@@ -483,7 +481,7 @@ class WindowProduct {
         const int64_t row0 = b.rows / lists_ * list;
         if (some > 0 || !resume)
           multiply_rows<T, K::chains>(w.row + row0, b.rows / lists_,
-                                      w.term + list * table_size() + t, length, packed, tile.vecs,
+                                      w.term + list * table_size() + t, length, w.panel, tile.vecs,
                                       to + row0 * tile.vecs * L, resume);
       }
     }
@@ -497,6 +495,23 @@ class WindowProduct {
       turned_of<T>(b.rows)(w.row, s_.axis[2].stride * p_.input.stride[4], lanes + j * L * pitch,
                            pitch, 3 * L, groups, K::group, total + j * L, tile.vecs * L, resume);
     return groups * K::group;
+  }
+
+  // A group whose rows and lanes are channels of pixels; those of the next group are asked for, two
+  // lines of lanes by each tile of rows.
+  void multiply_in_place(const Block& b, const LaneTile& tile, int64_t t, const T* lanes,
+                         int64_t terms, T* to, bool resume, const Workspace& w) const {
+    const int64_t lane_step = p_.output.stride[4];
+    const int64_t row_step = s_.axis[2].stride * p_.input.stride[4];
+    const int64_t rows_ahead = tile.first == b.lanes.first_vec * L ? K::group * row_step : 0;
+    const T* row = w.row[0] + t * row_step;
+    int line = 0;
+    each_row_tile<T, 1>(b.rows, tile.vecs, [&](int64_t tiles, int rows) {
+      const auto multiply = pixels_of<T>(rows, tile.vecs);
+      for (; tiles > 0; --tiles, row += rows, to += rows * tile.vecs * L, line += 2)
+        multiply(row, row_step, lanes + t * lane_step, lane_step, terms, rows_ahead,
+                 line < tile.vecs ? K::group * lane_step + line * L : 0, to, resume);
+    });
   }
 
   // A group whose terms lie side by side: whole tiles of rows without offsets, then the rest.
@@ -556,7 +571,8 @@ class WindowProduct {
   // Neighbouring rows should lie side by side in the weight, or share their terms.
   const bool channels_inside_, taps_first_;
   bool patched_, fits_;
-  bool alike_;         // the chunks of one long row: terms are listed from the first pixel of each
+  bool alike_;  // the chunks of one long row: terms are listed from the first pixel of each
+  bool rows_side_by_side_;
   bool side_by_side_;  // then the terms of a row may lie so as well
   int64_t work_, lane_blocks_, block_vecs_, channel_blocks_, most_channels_;
   int64_t unit_;  // channels of a block are a multiple
