@@ -100,6 +100,7 @@ struct PatchLayout {
   int64_t odd = 0;       // if rows lie in halves: where the odd elements of a row begin
   int64_t elements = 0;  // for one sample
 
+  bool operator==(const PatchLayout&) const = default;
   static PatchLayout of(int64_t channels, const int64_t (&size)[3], bool halves = false) {
     PatchLayout p;
     p.axis[2] = 1;

@@ -261,9 +261,11 @@ class WindowProduct {
   struct Workspace {
     T *totals, *panel, *patch, *no_bias;
     const T** row;
-    int64_t* position;  // of each row in the weight
-    int32_t* order;     // of the rows that are stored: where their totals are
-    Term* term;         // list after list
+    const T* corner;     // where the rows found last begin
+    PatchLayout layout;  // and how they lie
+    int64_t* position;   // of each row in the weight
+    int32_t* order;      // of the rows that are stored: where their totals are
+    Term* term;          // list after list
     int32_t* lane_offset;
     int64_t* terms_of;     // of each group of each list
     bool special = false;  // was an infinity or a NaN stored?
@@ -323,6 +325,7 @@ class WindowProduct {
   void run_task(int64_t task, Workspace& w) {
     const Block b = block_of(task);
     if (p_.total != nullptr) begin_with_earlier(b, w);
+    w.corner = nullptr;
     int64_t known_first = 0, known_last = 0;  // the chunk whose terms are listed
     for (int64_t n = b.first_sample; n < b.last_sample; ++n)
       for (int64_t first = 0; first < pixels_;) {
@@ -374,16 +377,17 @@ class WindowProduct {
   template <class Use>
   void each_row(const Block& b, bool by_tap, const Use& use) const {
     const int64_t outer = by_tap ? 1 : b.channels, inner = by_tap ? b.channels : 1;
-    for (int64_t c = 0; c < outer; ++c)
+    const int64_t channel_step = taps_first_ ? 1 : taps_, tap_step = taps_first_ ? b.channels : 1;
+    for (int64_t c = 0; c < outer; ++c) {
+      int64_t first = c * channel_step - b.first_row;
       for (int64_t d = 0; d < s_.axis[0].kernel; ++d)
         for (int64_t h = 0; h < s_.axis[1].kernel; ++h)
-          for (int64_t w = 0; w < s_.axis[2].kernel; ++w)
-            for (int64_t k = c; k < c + inner; ++k) {
-              const int64_t tap = tap_of(d, h, w);
-              const int64_t r =
-                  (taps_first_ ? tap * b.channels + k : k * taps_ + tap) - b.first_row;
+          for (int64_t w = 0; w < s_.axis[2].kernel; ++w, first += tap_step) {
+            int64_t r = first;
+            for (int64_t k = c; k < c + inner; ++k, r += channel_step)
               if (0 <= r && r < b.rows) use(r, k, d, h, w);
-            }
+          }
+    }
   }
   int64_t tap_of(int64_t d, int64_t h, int64_t w) const {
     return (d * s_.axis[1].kernel + h) * s_.axis[2].kernel + w;
@@ -445,6 +449,13 @@ class WindowProduct {
       for (int a = 0; a < 3; ++a) c.layout.axis[a] = stride[a + 2];
     }
     const T* const corner = patched_ ? w.patch : reinterpret_cast<const T*>(sample);
+    if (w.corner != nullptr && c.layout == w.layout) {
+      for (int64_t r = 0; r < b.rows && corner != w.corner; ++r) w.row[r] += corner - w.corner;
+      w.corner = corner;
+      return;
+    }
+    w.corner = corner;
+    w.layout = c.layout;
     each_row(b, taps_first_, [&](int64_t r, int64_t k, int64_t kd, int64_t kh, int64_t kw) {
       w.row[r] = corner + k * c.layout.channel + kd * s_.axis[0].dilation * c.layout.axis[0] +
                  kh * s_.axis[1].dilation * c.layout.axis[1] +

@@ -186,14 +186,16 @@ void pack_panel(T* panel, int pitch, int lanes, const S* src, int64_t lane_strid
     const int some = lanes - j < L ? lanes - j : L;
     const int padded = pitch - j < L ? pitch - j : L;
     const S* const lane = src + j * lane_stride;
-    for (int64_t first = 0; first < step; ++first)
-      for (int64_t t = first; t < terms;) {
-        const int run = run_length<L>(offset + t, least(up(terms - t, step), L), step);
+    for (int64_t first = 0; first < step; ++first) {
+      int64_t left = up(terms - first, step);
+      for (int64_t t = first; left > 0;) {
+        const int run = run_length<L>(offset + t, least(left, L), step);
         const S* const from = lane + offset[t];
         T* const to = panel + t * pitch + j;
         const int64_t apart = step * pitch;
         for (int i = 0; i < some && t < next_terms; ++i) prefetch(lane + i * lane_stride + next[t]);
         t += run * step;
+        left -= run;
         if (run >= L / 4) {
           V block[L];
           if (run == L && some == L) {
@@ -218,6 +220,7 @@ void pack_panel(T* panel, int pitch, int lanes, const S* src, int64_t lane_strid
           }
         }
       }
+    }
   }
 }
 
