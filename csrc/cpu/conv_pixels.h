@@ -21,7 +21,7 @@ void multiply_lanes(const Images<S>& call, const Phase& phase, const S* weight, 
     if (n == 0 && g > 0) continue;
     const int32_t* const start = phase.start + g;
     pack_panel(panel, wide ? tile.lanes : tile.vecs * Vec<T>::lanes, tile.lanes, weight,
-               call.lane_stride, lane, n, step, phase.lane + start[1],
+               call.lane_stride, lane, n, step, weight, phase.lane + start[1],
                g + 1 < g1 ? start[2] - start[1] : 0);
     const T* const* from = row;
     T* to = total;

@@ -506,8 +506,7 @@ class WindowProduct {
       if (panels_in_place_ && lane_blocks_ == 1)
         panel = reinterpret_cast<const T*>(lanes) + w.lane_offset[t];
       else
-        pack_panel(w.panel, tile.vecs * L, tile.lanes, lanes, stride[1], w.lane_offset + t, terms,
-                   1, w.lane_offset + t + K::group, least(left - K::group, K::group));
+        pack_group(c, n + 1 < b.last_sample, tile, t, lanes, w);
       if constexpr (!widens)
         if (side_by_side_ && terms == K::group) {
           multiply_whole_group(b, c, tile, t, panel, to, resume, w);
@@ -524,6 +523,19 @@ class WindowProduct {
                                       panel, tile.vecs, to + row0 * tile.vecs * L, resume);
       }
     }
+  }
+
+  // Asks for the next group meanwhile, if need be that of the next sample.
+  void pack_group(const Chunk& c, bool more_samples, const LaneTile& tile, int64_t t,
+                  const S* lanes, Workspace& w) const {
+    const int64_t* const stride = p_.output.stride;
+    const int64_t left = c.last - c.first - t - K::group;
+    const int32_t* const offset = w.lane_offset + t;
+    const bool next_sample = left <= 0 && more_samples && c.last - c.first == pixels_;
+    pack_panel(w.panel, tile.vecs * L, tile.lanes, lanes, stride[1], offset,
+               least(left + K::group, K::group), 1, lanes + (next_sample ? stride[0] : 0),
+               next_sample ? w.lane_offset : offset + K::group,
+               least(next_sample ? pixels_ : left, K::group));
   }
 
   // Long runs of few channels, vector by vector of lanes. Says how many terms that were.
