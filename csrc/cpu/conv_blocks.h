@@ -13,6 +13,7 @@ constexpr int64_t patch_bytes = 192 << 10;
 constexpr int64_t pixel_bytes = 512;       // of a channels_last image that is read in place
 constexpr int64_t source_bytes = 1 << 20;  // of a channels_last image that several patches read
 constexpr int64_t total_bytes = 1 << 20;   // of a task's totals
+constexpr int64_t kept_bytes = 1 << 20;    // of the panels that a thread keeps
 constexpr int64_t sum_bytes = 4 << 20;     // of the sums that a task keeps of its groups
 constexpr int64_t phase_bytes = 1 << 20;   // of the samples whose stride phases take turns
 constexpr int64_t rows_of_task = 2048;     // pixels that share a packed panel, at most
@@ -100,6 +101,7 @@ struct PatchLayout {
   int64_t odd = 0;       // if rows lie in halves: where the odd elements of a row begin
   int64_t elements = 0;  // for one sample
 
+  bool operator==(const PatchLayout&) const = default;
   static PatchLayout of(int64_t channels, const int64_t (&size)[3], bool halves = false) {
     PatchLayout p;
     p.axis[2] = 1;

@@ -6,12 +6,20 @@
 
 namespace torch_naiveconv::TNC_ISA {
 
+// Where panels of a tile of lanes are packed: each in its own place, if they are kept for the boxes
+// that follow.
+template <class T>
+struct Panels {
+  T* memory;
+  bool kept, packed;
+};
+
 // The product of one tile of lanes for all rows of a box, `rows[i]` of part i: the groups from g0
 // to g1 on top of the totals of the earlier ones. `finish` takes the totals of a part's last group.
 template <class S, class T>
 void multiply_lanes(const Images<S>& call, const PanelTerms& all, const S* weight, LaneTile tile,
                     int64_t g0, int64_t g1, bool wide, bool apart, int64_t step,
-                    const T* const* row, const int64_t* rows, T* panel, T* total,
+                    const T* const* row, const int64_t* rows, const Panels<T>& panels, T* total,
                     const Finish<T>* finish) {
   using K = Kind<S>;
   const int64_t pitch = (wide ? tile.lanes : tile.vecs) * Vec<T>::lanes;
@@ -20,9 +28,11 @@ void multiply_lanes(const Images<S>& call, const PanelTerms& all, const S* weigh
     const int64_t n = all.start[g + 1] - all.start[g];
     if (n == 0 && g > 0) continue;
     const int32_t* const start = all.start + g;
-    pack_panel(panel, wide ? tile.lanes : tile.vecs * Vec<T>::lanes, tile.lanes, weight,
-               call.lane_stride, lane, n, step, all.lane + start[1],
-               g + 1 < g1 ? start[2] - start[1] : 0);
+    const int width = wide ? tile.lanes : tile.vecs * Vec<T>::lanes;
+    T* const panel = panels.memory + (panels.kept ? start[0] * int64_t{width} : 0);
+    if (!panels.packed)
+      pack_panel(panel, width, tile.lanes, weight, call.lane_stride, lane, n, step, weight,
+                 all.lane + start[1], g + 1 < g1 ? start[2] - start[1] : 0);
     const T* const* from = row;
     T* to = total;
     Finish<T> here = finish ? *finish : Finish<T>{};
@@ -288,6 +298,8 @@ class PixelProduct {
       }
     }
     boxes_ = piece_[0] * piece_[1] * piece_[2] * piece_[3];
+    keeps_panels_ = phases_ == 1 && boxes_ > threads &&
+                    terms_ * most_lanes() * int64_t{sizeof(T)} <= kept_bytes;
     box_samples_ = up(call_.batch, piece_[0]);
     box_rows_ = box_samples_;
     for (int a = 0; a < 3; ++a) {
@@ -443,6 +455,7 @@ class PixelProduct {
     T *totals, *panel, *patch, *bias;
     const T** row;                // part after part
     int64_t *position, *rows_of;  // of each row in the result; of each part
+    int64_t packed_lanes = -1;    // the block whose panels are kept
     bool special = false;         // was an infinity or a NaN stored?
   };
   struct Place {  // of a task: pixels [lower, upper) of n, d, h, w, and what they read
@@ -451,6 +464,9 @@ class PixelProduct {
     const S* image;
   };
 
+  int64_t lanes_of(const Place& place) const {
+    return place.group * lane_blocks_ + place.lane_block;
+  }
   int64_t most_lanes() const {
     return wide_ ? call_.lanes : up(up(call_.lanes, L), lane_blocks_) * L;
   }
@@ -463,7 +479,8 @@ class PixelProduct {
 
   Workspace workspace() const {
     const int64_t totals = totals_of_panel() * (one_chunk_ ? at_once() : panels_);
-    const int64_t panel = K::group * (wide_ ? Size::rows : L * Size::vecs);
+    const int64_t panel =
+        keeps_panels_ ? terms_ * most_lanes() : K::group * (wide_ ? Size::rows : L * Size::vecs);
     const int64_t patch = patched_ ? box_samples_ * layout_.elements + L : 0;
     const int64_t bias = up(most_lanes(), L) * L, rows = box_rows_ * phases_;
     Arena& arena = task_arena();
@@ -504,6 +521,7 @@ class PixelProduct {
       }
       multiply_groups(place, w, g0, g1);
     }
+    if (keeps_panels_) w.packed_lanes = lanes_of(place);
   }
 
   Place place_of(int64_t task) const {
@@ -580,11 +598,14 @@ class PixelProduct {
                  channels);
   }
 
+  LaneBlock<T, K::chains> block_of(const Place& place) const {
+    return {call_.lanes, place.lane_block, lane_blocks_};
+  }
   int at_once() const { return wide_ ? in_turns_ : 1; }  // panels whose results take turns
 
   // The groups from g0 to g1 for all tiles of lanes, panel after panel.
   void multiply_groups(const Place& place, Workspace& w, int64_t g0, int64_t g1) const {
-    const LaneBlock<T, K::chains> block(call_.lanes, place.lane_block, lane_blocks_);
+    const LaneBlock<T, K::chains> block = block_of(place);
     const int64_t tiles = wide_ ? up(call_.lanes, Size::rows) : block.tiles;
     for (int i = 0; i < panels_; i += at_once()) {
       int64_t rows = 0;
@@ -617,6 +638,9 @@ class PixelProduct {
     const S* const weight =
         call_.weight + place.group * call_.group_stride + tile.first * call_.lane_stride;
     S* const to = call_.target + channel * call_.target_stride[1];
+    const int64_t first_lane = wide_ ? 0 : block_of(place).first_vec * L;
+    const Panels<T> panels{w.panel + (keeps_panels_ ? terms_ * (tile.first - first_lane) : 0),
+                           keeps_panels_, w.packed_lanes == lanes_of(place)};
     const int64_t to_pixel = grid_[i][2].step * call_.target_stride[4];
     const int64_t width = least(place.upper[3], grid_[i][2].count) - place.lower[3];
     const int pixels = static_cast<int>(least(width, L));
@@ -628,22 +652,23 @@ class PixelProduct {
         Finish<T> finish{to,     w.position + i * box_rows_,  call_.target_stride[1],
                          w.bias, wide_ ? pixels : tile.lanes, &w.special};
         const bool finishes = wide_ ? to_pixel == 1 : call_.target_stride[1] == 1;
-        multiply_panels(w, i, tile, weight, g0, g1, total, finishes ? &finish : nullptr);
+        multiply_panels(w, i, tile, weight, g0, g1, panels, total, finishes ? &finish : nullptr);
         if (finishes) return;
       }
     } else {
-      multiply_panels(w, i, tile, weight, g0, g1, total, nullptr);
+      multiply_panels(w, i, tile, weight, g0, g1, panels, total, nullptr);
     }
     if (g1 == groups_) store(place, w, i, rows, tile, total, to, to_pixel, width);
   }
 
   void multiply_panels(const Workspace& w, int i, const LaneTile& tile, const S* weight, int64_t g0,
-                       int64_t g1, T* total, const Finish<T>* finish) const {
+                       int64_t g1, const Panels<T>& panels, T* total,
+                       const Finish<T>* finish) const {
     // What lies side by side in the weight: the taps of a channel, or the channels of a tap.
     const int64_t step = call_.channel_stride == 1 ? most_taps_ : 1;
     for (int k = i; k < i + at_once(); ++k)
       multiply_lanes(call_, panel_[k], weight, tile, g0, g1, wide_, apart_, step,
-                     w.row + k * box_rows_, w.rows_of + k * parts_, w.panel,
+                     w.row + k * box_rows_, w.rows_of + k * parts_, panels,
                      total + (k - i) * totals_of_panel(), finish);
   }
 
@@ -715,6 +740,7 @@ class PixelProduct {
   PatchLayout layout_;
   bool patched_, turned_, apart_;  // apart: each row reads lines of its own
   bool one_chunk_;
+  bool keeps_panels_;  // of a block of lanes, from box to box
   int64_t patch_channels_;
   int64_t row_step_[3];  // from pixel to pixel, in the image or the patch
   int in_turns_ = 1;     // phases along w that are stored together

@@ -114,8 +114,8 @@ void list_pixels(const ConvShape& s, const Bands& bands, int64_t first, int64_t 
 }
 
 // One call as a product: its plan, which the threads share, and what a task does. A task is a block
-// of input channels x lanes, for all samples or a block of them; its steps, from run_task on,
-// follow each other below.
+// of input channels, or of the rows of some, x lanes, for all samples or a block of them; its
+// steps, from run_task on, follow each other below.
 template <class S>
 class WindowProduct {
   using K = Kind<S>;
@@ -151,7 +151,7 @@ class WindowProduct {
       shared_total_ = plan_arena().take<T>(shared_size_);
     }
     return run_tasks<K>(
-        s_.groups * lane_blocks_ * channel_blocks_ * sample_blocks_, work_,
+        s_.groups * lane_blocks_ * channel_blocks_ * row_blocks_ * sample_blocks_, work_,
         [&] { return workspace(); }, [&](int64_t task, Workspace& w) { run_task(task, w); });
   }
 
@@ -172,6 +172,12 @@ class WindowProduct {
     patched_ = patched_ || (!skip_padding_ && image_reach > INT32_MAX);
     fits_ = grad_reach <= INT32_MAX && (patched_ || image_reach <= INT32_MAX);
     alike_ = !patched_ && !skip_padding_ && s_.axis[0].out * s_.axis[1].out == 1;
+    const int64_t* const grad = p_.output.stride;
+    panels_in_place_ = !widens && grad[1] == 1 && grad[4] == lane_vecs_ * L &&
+                       s_.group_out() == grad[4] && lane_vecs_ <= most_vecs<T, K::chains>() &&
+                       (s_.axis[1].out == 1 || grad[3] == s_.axis[2].out * grad[4]) &&
+                       (s_.axis[0].out == 1 || grad[2] == s_.axis[1].out * grad[3]);
+    rows_side_by_side_ = alike_ && taps_ == 1 && p_.input.stride[1] == 1;
     side_by_side_ = alike_ && taps_ == 1 && s_.axis[2].stride * p_.input.stride[4] == 1;
   }
 
@@ -187,26 +193,32 @@ class WindowProduct {
           least(patch_channels, patch_bytes / (int64_t{sizeof(T)} * 2 * worst.elements()));
     }
     lane_blocks_ = up(lane_vecs_ * L, 256);
-    share_samples(threads, patch_channels);
-    if (work_ > work_of_task && s_.groups < threads && !shared())
+    // Rows can be shared, tile by tile, where a thread packs nothing for that, or little.
+    const int64_t tasks = work_ > work_of_task ? threads : 1;
+    const bool few_channels = s_.group_in() < 4 * threads;
+    const bool shares_rows =
+        skip_padding_ || (panels_in_place_ && few_channels && s_.group_in() * taps_ >= 8 * threads);
+    if (!shares_rows) share_samples(threads, patch_channels);
+    if (tasks > s_.groups && !shared() && !(shares_rows && panels_in_place_))
       // Few channels would share badly: then vectors of lanes are shared one by one.
       lane_blocks_ =
           most(lane_blocks_,
                least(up(threads, s_.groups),
-                     s_.group_in() < 4 * threads ? lane_vecs_ : up(lane_vecs_, Size::vecs)));
+                     few_channels && !shares_rows ? lane_vecs_ : up(lane_vecs_, Size::vecs)));
     block_vecs_ = up(lane_vecs_, lane_blocks_);
     const int64_t block_channels =
         least(patch_channels, total_bytes / (int64_t{sizeof(T)} * block_vecs_ * L * taps_));
     channel_blocks_ = up(s_.group_in(), most(1, block_channels));
-    if (work_ > work_of_task && !shared())
+    if (!shared() && !shares_rows)
       channel_blocks_ =
-          most(channel_blocks_, least(s_.group_in(), up(threads, s_.groups * lane_blocks_)));
+          most(channel_blocks_, least(s_.group_in(), up(tasks, s_.groups * lane_blocks_)));
     // Rows that share their terms are better whole tiles.
     tile_rows_ = Size::rows_of(Lanes(s_.group_out(), 0, lane_blocks_).tile(0).vecs);
     unit_ = least(skip_padding_ ? tile_rows_ : 1, s_.group_in());
     const int64_t units = up(s_.group_in(), unit_);
     channel_blocks_ = least(channel_blocks_, units);
     most_channels_ = up(units, channel_blocks_) * unit_;
+    if (shares_rows) row_blocks_ = up(tasks, s_.groups * lane_blocks_ * channel_blocks_);
     by_pixel_ =
         p_.input.stride[1] == 1 && p_.input.stride[4] != 1 && (taps_first_ || most_channels_ <= 4);
     patch_pitch_ =
@@ -236,6 +248,12 @@ class WindowProduct {
     const int64_t units = up(s_.group_in(), unit_);
     return least(s_.group_in(), cut_at(units, channel_blocks_, block) * unit_);
   }
+  // Of the rows of some channels, cut where tiles are.
+  int64_t first_row(int64_t channels, int64_t block) const {
+    const int64_t rows = channels * taps_ / lists_, tiles = up(rows, tile_rows_);
+    const int64_t tile = cut_at(lists_ * tiles, row_blocks_, block);
+    return tile / tiles * rows + tile % tiles * tile_rows_;
+  }
   int64_t table_size() const { return chunk_groups_ * K::group; }  // of one list
 
   // ---- a task ----------------------------------------------------------------------------------
@@ -243,19 +261,22 @@ class WindowProduct {
   struct Workspace {
     T *totals, *panel, *patch, *no_bias;
     const T** row;
-    int64_t* position;  // of each row in the weight
-    int32_t* order;     // of the rows that are stored: where their totals are
-    Term* term;         // list after list
+    const T* corner;     // where the rows found last begin
+    PatchLayout layout;  // and how they lie
+    int64_t* position;   // of each row in the weight
+    int32_t* order;      // of the rows that are stored: where their totals are
+    Term* term;          // list after list
     int32_t* lane_offset;
     int64_t* terms_of;     // of each group of each list
     bool special = false;  // was an infinity or a NaN stored?
   };
   struct Block {  // of a task: lanes, input channels, samples
     Lanes lanes;
-    int64_t group = 0, channel0 = 0, channels = 0, rows = 0, first_sample = 0, last_sample = 0;
-    bool keeps = false;  // the sums of its groups
+    int64_t group = 0, channel0 = 0, channels = 0, first_sample = 0, last_sample = 0;
+    int64_t first_row = 0, rows = 0;  // of the taps of the channels
+    bool keeps = false;               // the sums of its groups
     const S *image = nullptr, *grad = nullptr;
-    int64_t panel_step = 0;  // if lanes are read in place: panel rows from term to term; else zero
+    bool in_place = false;  // are the lanes read where they are?
   };
   struct Chunk {  // pixels [first, last) of a sample: the groups whose windows fit the caches
     int64_t first, last;
@@ -304,6 +325,7 @@ class WindowProduct {
   void run_task(int64_t task, Workspace& w) {
     const Block b = block_of(task);
     if (p_.total != nullptr) begin_with_earlier(b, w);
+    w.corner = nullptr;
     int64_t known_first = 0, known_last = 0;  // the chunk whose terms are listed
     for (int64_t n = b.first_sample; n < b.last_sample; ++n)
       for (int64_t first = 0; first < pixels_;) {
@@ -326,41 +348,46 @@ class WindowProduct {
   }
 
   Block block_of(int64_t task) const {
-    const int64_t channel_block = task % channel_blocks_;
-    const int64_t lane_block = task / channel_blocks_ % lane_blocks_;
-    const int64_t sample_block = task / channel_blocks_ / lane_blocks_ / s_.groups;
+    const int64_t row_block = task % row_blocks_, blocks = task / row_blocks_;
+    const int64_t channel_block = blocks % channel_blocks_;
+    const int64_t lane_block = blocks / channel_blocks_ % lane_blocks_;
+    const int64_t sample_block = blocks / channel_blocks_ / lane_blocks_ / s_.groups;
     Block b{Lanes(s_.group_out(), lane_block, lane_blocks_)};
-    b.group = task / channel_blocks_ / lane_blocks_ % s_.groups;
+    b.group = blocks / channel_blocks_ / lane_blocks_ % s_.groups;
     b.channel0 = first_channel(channel_block);
     b.channels = first_channel(channel_block + 1) - b.channel0;
-    b.rows = b.channels * taps_;
+    b.first_row = first_row(b.channels, row_block);
+    b.rows = first_row(b.channels, row_block + 1) - b.first_row;
     b.first_sample = cut_at(s_.batch, sample_blocks_, sample_block);
     b.last_sample = cut_at(s_.batch, sample_blocks_, sample_block + 1);
     b.keeps = sample_block > 0;
     b.image = static_cast<const S*>(p_.input.data) +
               (b.group * s_.group_in() + b.channel0) * p_.input.stride[1];
     b.grad = static_cast<const S*>(p_.output.data) + b.group * s_.group_out() * p_.output.stride[1];
-    // Lanes that lie side by side serve a single tile of rows where they are, if the terms are
-    // whole rows of a panel apart.
-    const int64_t pitch = p_.output.stride[4], panel_row = b.lanes.vecs / b.lanes.tiles * L;
-    const bool in_place = !widens && alike_ && p_.output.stride[1] == 1 && b.rows <= tile_rows_ &&
-                          b.lanes.vecs % b.lanes.tiles == 0 &&
-                          (b.lanes.first_vec + b.lanes.vecs) * L <= s_.group_out() &&
-                          pitch % panel_row == 0;
-    b.panel_step = in_place ? pitch / panel_row : 0;
+    // Lanes that lie side by side are read in place, unless the lines of a group crowd few sets of
+    // the first cache: those of a tile are to fill what is left between powers of two.
+    const int64_t pitch = p_.output.stride[4];
+    b.in_place = !widens && rows_side_by_side_ && p_.output.stride[1] == 1 &&
+                 (b.lanes.first_vec + b.lanes.vecs) * L <= s_.group_out() &&
+                 (pitch & -pitch) <= b.lanes.vecs / b.lanes.tiles * L;
     return b;
   }
 
-  // use(r, c, d, h, w) for all rows, tap after tap or channel after channel
+  // use(r, c, d, h, w) for all rows, tap after tap or channel after channel; r counts as totals do.
   template <class Use>
   void each_row(const Block& b, bool by_tap, const Use& use) const {
-    int64_t r = 0;
     const int64_t outer = by_tap ? 1 : b.channels, inner = by_tap ? b.channels : 1;
-    for (int64_t c = 0; c < outer; ++c)
+    const int64_t channel_step = taps_first_ ? 1 : taps_, tap_step = taps_first_ ? b.channels : 1;
+    for (int64_t c = 0; c < outer; ++c) {
+      int64_t first = c * channel_step - b.first_row;
       for (int64_t d = 0; d < s_.axis[0].kernel; ++d)
         for (int64_t h = 0; h < s_.axis[1].kernel; ++h)
-          for (int64_t w = 0; w < s_.axis[2].kernel; ++w)
-            for (int64_t k = 0; k < inner; ++k) use(r++, c + k, d, h, w);
+          for (int64_t w = 0; w < s_.axis[2].kernel; ++w, first += tap_step) {
+            int64_t r = first;
+            for (int64_t k = c; k < c + inner; ++k, r += channel_step)
+              if (0 <= r && r < b.rows) use(r, k, d, h, w);
+          }
+    }
   }
   int64_t tap_of(int64_t d, int64_t h, int64_t w) const {
     return (d * s_.axis[1].kernel + h) * s_.axis[2].kernel + w;
@@ -422,6 +449,13 @@ class WindowProduct {
       for (int a = 0; a < 3; ++a) c.layout.axis[a] = stride[a + 2];
     }
     const T* const corner = patched_ ? w.patch : reinterpret_cast<const T*>(sample);
+    if (w.corner != nullptr && c.layout == w.layout) {
+      for (int64_t r = 0; r < b.rows && corner != w.corner; ++r) w.row[r] += corner - w.corner;
+      w.corner = corner;
+      return;
+    }
+    w.corner = corner;
+    w.layout = c.layout;
     each_row(b, taps_first_, [&](int64_t r, int64_t k, int64_t kd, int64_t kh, int64_t kw) {
       w.row[r] = corner + k * c.layout.channel + kd * s_.axis[0].dilation * c.layout.axis[0] +
                  kh * s_.axis[1].dilation * c.layout.axis[1] +
@@ -445,8 +479,6 @@ class WindowProduct {
                                        skip_padding_ ? tap : nullptr, w.term + list * table_size(),
                                        w.terms_of + list * chunk_groups_);
     }
-    for (int64_t i = 0; i < last - first && b.panel_step > 0; ++i)
-      w.term[i].packed *= static_cast<int32_t>(b.panel_step);
   }
 
   // One tile of lanes, the groups of a chunk.
@@ -465,28 +497,45 @@ class WindowProduct {
       const bool resume = !b.keeps && (begun || t > 0);
       const int64_t kept = (n - first_kept_) * sample_groups_ + (c.first + t) / K::group;
       T* const to = total + (b.keeps ? (1 + kept) * sum_size_ : 0);
-      const T* packed = w.panel;
-      if (b.panel_step > 0)
-        packed = reinterpret_cast<const T*>(lanes) + t * stride[4];
-      else
-        pack_panel(w.panel, tile.vecs * L, tile.lanes, lanes, stride[1], w.lane_offset + t, terms,
-                   1, w.lane_offset + t + K::group, least(left - K::group, K::group));
       if constexpr (!widens)
-        if (side_by_side_ && b.panel_step == 0 && terms == K::group) {
-          multiply_whole_group(b, c, tile, t, to, resume, w);
+        if (b.in_place) {
+          multiply_in_place(b, tile, t, reinterpret_cast<const T*>(lanes), terms, to, resume, w);
+          continue;
+        }
+      const T* panel = w.panel;
+      if (panels_in_place_ && lane_blocks_ == 1)
+        panel = reinterpret_cast<const T*>(lanes) + w.lane_offset[t];
+      else
+        pack_group(c, n + 1 < b.last_sample, tile, t, lanes, w);
+      if constexpr (!widens)
+        if (side_by_side_ && terms == K::group) {
+          multiply_whole_group(b, c, tile, t, panel, to, resume, w);
           continue;
         }
       for (int64_t list = 0; list < lists_; ++list) {
         const int64_t some = w.terms_of[list * chunk_groups_ + t / K::group];
         const int32_t length[max_chains] = {static_cast<int32_t>(up(some, K::chains)),
                                             static_cast<int32_t>(some / 2)};
-        const int64_t row0 = b.rows / lists_ * list;
-        if (some > 0 || !resume)
-          multiply_rows<T, K::chains>(w.row + row0, b.rows / lists_,
-                                      w.term + list * table_size() + t, length, packed, tile.vecs,
-                                      to + row0 * tile.vecs * L, resume);
+        const int64_t all = b.channels * taps_ / lists_, first = list * all - b.first_row;
+        const int64_t row0 = most(first, 0), rows = least(first + all, b.rows) - row0;
+        if (rows > 0 && (some > 0 || !resume))
+          multiply_rows<T, K::chains>(w.row + row0, rows, w.term + list * table_size() + t, length,
+                                      panel, tile.vecs, to + row0 * tile.vecs * L, resume);
       }
     }
+  }
+
+  // Asks for the next group meanwhile, if need be that of the next sample.
+  void pack_group(const Chunk& c, bool more_samples, const LaneTile& tile, int64_t t,
+                  const S* lanes, Workspace& w) const {
+    const int64_t* const stride = p_.output.stride;
+    const int64_t left = c.last - c.first - t - K::group;
+    const int32_t* const offset = w.lane_offset + t;
+    const bool next_sample = left <= 0 && more_samples && c.last - c.first == pixels_;
+    pack_panel(w.panel, tile.vecs * L, tile.lanes, lanes, stride[1], offset,
+               least(left + K::group, K::group), 1, lanes + (next_sample ? stride[0] : 0),
+               next_sample ? w.lane_offset : offset + K::group,
+               least(next_sample ? pixels_ : left, K::group));
   }
 
   // Long runs of few channels, vector by vector of lanes. Says how many terms that were.
@@ -499,37 +548,51 @@ class WindowProduct {
     return groups * K::group;
   }
 
+  // A group whose rows and lanes are channels of pixels; those of the next group are asked for, two
+  // lines of lanes by each tile of rows.
+  void multiply_in_place(const Block& b, const LaneTile& tile, int64_t t, const T* lanes,
+                         int64_t terms, T* to, bool resume, const Workspace& w) const {
+    const int64_t lane_step = p_.output.stride[4];
+    const int64_t row_step = s_.axis[2].stride * p_.input.stride[4];
+    const int64_t rows_ahead = tile.first == b.lanes.first_vec * L ? K::group * row_step : 0;
+    const T* row = w.row[0] + t * row_step;
+    int line = 0;
+    each_row_tile<T, 1>(b.rows, tile.vecs, [&](int64_t tiles, int rows) {
+      const auto multiply = pixels_of<T>(rows, tile.vecs);
+      for (; tiles > 0; --tiles, row += rows, to += rows * tile.vecs * L, line += 2)
+        multiply(row, row_step, lanes + t * lane_step, lane_step, terms, rows_ahead,
+                 line < tile.vecs ? K::group * lane_step + line * L : 0, to, resume);
+    });
+  }
+
   // A group whose terms lie side by side: whole tiles of rows without offsets, then the rest.
-  void multiply_whole_group(const Block& b, const Chunk& c, const LaneTile& tile, int64_t t, T* to,
-                            bool resume, const Workspace& w) const {
+  void multiply_whole_group(const Block& b, const Chunk& c, const LaneTile& tile, int64_t t,
+                            const T* panel, T* to, bool resume, const Workspace& w) const {
     const int64_t tiles = b.rows / Size::rows_of(tile.vecs);
     const int64_t rest = tiles * Size::rows_of(tile.vecs);
-    runs_of<T>(tile.vecs)(tiles, w.row[0] + w.term[t].in_place, c.layout.channel, K::group, w.panel,
+    runs_of<T>(tile.vecs)(tiles, w.row[0] + w.term[t].in_place, c.layout.channel, K::group, panel,
                           to, resume);
     const int32_t length[max_chains] = {K::group};
     if (rest < b.rows)
-      multiply_rows<T, K::chains>(w.row + rest, b.rows - rest, w.term + t, length, w.panel,
-                                  tile.vecs, to + rest * tile.vecs * L, resume);
+      multiply_rows<T, K::chains>(w.row + rest, b.rows - rest, w.term + t, length, panel, tile.vecs,
+                                  to + rest * tile.vecs * L, resume);
   }
 
   // Who comes last adds the sums that were kept.
   bool add_kept_sums(Workspace& w) {
     if (blocks_done_.fetch_add(1) + 1 < sample_blocks_) return false;
-    for (int64_t i = 0; i < sum_size_; i += L) {
-      auto sum = Vec<T>::load(w.totals + i);
-      for (int64_t j = i + sum_size_; j < shared_size_; j += sum_size_)
-        sum = sum + Vec<T>::load(w.totals + j);
-      sum.store(w.totals + i);
-    }
+    for (int64_t j = sum_size_; j < shared_size_; j += sum_size_)
+      for (int64_t i = 0; i < sum_size_; i += L)
+        (Vec<T>::load(w.totals + i) + Vec<T>::load(w.totals + j + i)).store(w.totals + i);
     return true;
   }
 
   void store(const Block& b, Workspace& w) const {
     const int64_t* const stride = p_.weight.stride;
+    int64_t next = 0;
     each_row(b, channels_inside_, [&](int64_t r, int64_t c, int64_t kd, int64_t kh, int64_t kw) {
-      const int64_t tap = tap_of(kd, kh, kw);
-      w.order[r] = static_cast<int32_t>(taps_first_ ? tap * b.channels + c : c * taps_ + tap);
-      w.position[r] =
+      w.order[next] = static_cast<int32_t>(r);
+      w.position[next++] =
           (b.channel0 + c) * stride[1] + kd * stride[2] + kh * stride[3] + kw * stride[4];
     });
     const T* total = w.totals;
@@ -556,14 +619,17 @@ class WindowProduct {
   // Neighbouring rows should lie side by side in the weight, or share their terms.
   const bool channels_inside_, taps_first_;
   bool patched_, fits_;
-  bool alike_;         // the chunks of one long row: terms are listed from the first pixel of each
+  bool alike_;  // the chunks of one long row: terms are listed from the first pixel of each
+  bool panels_in_place_;  // does the gradient of a group lie as a panel of its lanes?
+  bool rows_side_by_side_;
   bool side_by_side_;  // then the terms of a row may lie so as well
   int64_t work_, lane_blocks_, block_vecs_, channel_blocks_, most_channels_;
-  int64_t unit_;  // channels of a block are a multiple
+  int64_t row_blocks_ = 1;  // of the channels of a block
+  int64_t unit_;            // channels of a block are a multiple
   int tile_rows_;
   bool by_pixel_;
   int64_t patch_pitch_, patch_limit_;  // elements of a pixel; pixels
-  int64_t sample_blocks_ = 1, first_kept_, sample_groups_, sum_size_, shared_size_;
+  int64_t sample_blocks_ = 1, first_kept_ = 0, sample_groups_ = 0, sum_size_ = 0, shared_size_ = 0;
   T* shared_total_ = nullptr;
   std::atomic<int64_t> blocks_done_{0};
 };

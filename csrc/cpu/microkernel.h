@@ -215,28 +215,35 @@ TNC_INLINE Tiles<T> wide_tile_of(int rows, int64_t limit, int& vecs) {
   return wide_tile_within<T, Chains, Rows, TileSize<T, Chains>::wide_vecs(Rows)>(limit, vecs);
 }
 
+// The tiles of `vecs` vectors that cover `rows` rows: use(number of tiles, their rows) for each run
+// of equal ones.
+template <class T, int Chains, class Use>
+TNC_INLINE void each_row_tile(int64_t rows, int vecs, const Use& use) {
+  const int step = TileSize<T, Chains>::rows_of(vecs);
+  int64_t tiles = rows / step;
+  int rest = static_cast<int>(rows % step);
+  // A rest of so few chains would wait for itself: it and a whole tile become two halves.
+  const bool halves = tiles > 0 && rest > 0 && rest * vecs < 8;
+  if (halves) --tiles, rest += step;
+  use(tiles, step);
+  if (halves) use(1, (rest + 1) / 2);
+  if (rest > 0) use(1, halves ? rest / 2 : rest);
+}
+
 // total[r] += the group, for all rows; total has `vecs` vectors a row.
 template <class T, int Chains>
 void multiply_rows(const T* const* row, int64_t rows, const Term* terms, const int32_t* length,
                    const T* panel, int vecs, T* total, bool resume, bool apart = false,
                    const Finish<T>* finish = nullptr) {
-  const int step = TileSize<T, Chains>::rows_of(vecs);
   const T* const* const last = row + rows - 1;
   Finish<T> here = finish ? *finish : Finish<T>{};
-  const auto multiply = [&](int64_t tiles, int64_t tile_rows) {
-    tile_of<T, Chains>(static_cast<int>(tile_rows), vecs, apart)(
-        tiles, row, terms, length, panel, total, resume, last, finish ? &here : nullptr);
+  each_row_tile<T, Chains>(rows, vecs, [&](int64_t tiles, int tile_rows) {
+    tile_of<T, Chains>(tile_rows, vecs, apart)(tiles, row, terms, length, panel, total, resume,
+                                               last, finish ? &here : nullptr);
     row += tiles * tile_rows;
     if (finish) here.position += tiles * tile_rows;
     total += tiles * tile_rows * vecs * Vec<T>::lanes;
-  };
-  int64_t tiles = rows / step, rest = rows % step;
-  // A rest of so few chains would wait for itself: it and a whole tile become two halves.
-  const bool halves = tiles > 0 && rest > 0 && rest * vecs < 8;
-  if (halves) --tiles, rest += step;
-  multiply(tiles, step);
-  if (halves) multiply(1, up(rest, 2));
-  if (rest > 0) multiply(1, halves ? rest / 2 : rest);
+  });
 }
 
 // The wide tiles of `rows` rows that cover `vectors` vectors: use(tile, first vector, number of
@@ -365,6 +372,53 @@ TNC_INLINE auto runs_of(int vecs) {
     if (vecs == 3) return multiply_runs<T, Size::rows, 3>;
   }
   return vecs == 2 ? multiply_runs<T, Size::rows, 2> : multiply_runs<T, Size::rows, 1>;
+}
+
+// A tile of a group whose rows lie side by side, as its lanes do, both read in place: the channels
+// of pixels a step apart. Meanwhile the lines of later pixels are asked for.
+template <class T, int Rows, int Vecs>
+void multiply_pixels(const T* rows, int64_t row_step, const T* lanes, int64_t lane_step,
+                     int64_t terms, int64_t rows_ahead, int64_t lanes_ahead, T* total,
+                     bool resume) {
+  using V = Vec<T>;
+  constexpr int L = V::lanes;
+  V chain[Rows][Vecs];
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < Vecs; ++j) chain[i][j] = V::zero();
+  for (; terms > 0; --terms, rows += row_step, lanes += lane_step) {
+    prefetch(rows + rows_ahead);
+#pragma GCC unroll 2
+    for (int j = 0; j < (Vecs < 2 ? Vecs : 2); ++j) prefetch(lanes + lanes_ahead + j * L);
+    V lane[Vecs];
+#pragma GCC unroll 8
+    for (int j = 0; j < Vecs; ++j) lane[j] = V::load(lanes + j * L);
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      const V row = V::broadcast(rows[i]);
+#pragma GCC unroll 8
+      for (int j = 0; j < Vecs; ++j) chain[i][j] = fma(row, lane[j], chain[i][j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < Vecs; ++j) {
+      T* const to = total + (i * Vecs + j) * L;
+      (resume ? V::load(to) + chain[i][j] : chain[i][j]).store(to);
+    }
+}
+
+template <class T, int Vecs = TileSize<T, 1>::vecs, int Rows = TileSize<T, 1>::rows_of(Vecs)>
+TNC_INLINE auto pixels_of(int rows, int vecs) {
+  if constexpr (Vecs > 1) {
+    if (vecs < Vecs) return pixels_of<T, Vecs - 1>(rows, vecs);
+  }
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return pixels_of<T, Vecs, Rows - 1>(rows, vecs);
+  }
+  return multiply_pixels<T, Rows, Vecs>;
 }
 
 }  // namespace torch_naiveconv::TNC_ISA

@@ -163,19 +163,19 @@ TNC_INLINE int run_length(const Integer* number, int64_t limit, int64_t step = 1
 // panel[t][j] = src[j * lane_stride + offset[t]] for t < terms, j < lanes; +0 up to j < pitch.
 // Terms that are `step` apart may lie side by side in memory: the taps of a channel if that is 1,
 // the channels of a tap if it is their number. Meanwhile the memory of the panel after this one,
-// whose terms are `next`, is asked for, a few lines at a time: a burst of them would hold up the
-// loads.
+// whose terms are `next` of next_src, is asked for, a few lines at a time: a burst of them would
+// hold up the loads.
 template <class T, class S>
 void pack_panel(T* panel, int pitch, int lanes, const S* src, int64_t lane_stride,
-                const int32_t* offset, int64_t terms, int64_t step, const int32_t* next,
-                int64_t next_terms) {
+                const int32_t* offset, int64_t terms, int64_t step, const S* next_src,
+                const int32_t* next, int64_t next_terms) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
   constexpr int line = 64 / sizeof(S);
   if (lane_stride == 1) {
     for (int64_t t = 0; t < terms; ++t, panel += pitch) {
       const S* const from = src + offset[t];
-      for (int k = 0; k < lanes && t < next_terms; k += line) prefetch(src + next[t] + k);
+      for (int k = 0; k < lanes && t < next_terms; k += line) prefetch(next_src + next[t] + k);
       int j = 0;
       for (; j + L <= lanes; j += L) V::load(from + j).store(panel + j);
       if (j < lanes) V::load(from + j, lanes - j).store(panel + j, pitch - j < L ? pitch - j : L);
@@ -186,14 +186,17 @@ void pack_panel(T* panel, int pitch, int lanes, const S* src, int64_t lane_strid
     const int some = lanes - j < L ? lanes - j : L;
     const int padded = pitch - j < L ? pitch - j : L;
     const S* const lane = src + j * lane_stride;
-    for (int64_t first = 0; first < step; ++first)
-      for (int64_t t = first; t < terms;) {
-        const int run = run_length<L>(offset + t, least(up(terms - t, step), L), step);
+    for (int64_t first = 0; first < step; ++first) {
+      int64_t left = up(terms - first, step);
+      for (int64_t t = first; left > 0;) {
+        const int run = run_length<L>(offset + t, least(left, L), step);
         const S* const from = lane + offset[t];
         T* const to = panel + t * pitch + j;
         const int64_t apart = step * pitch;
-        for (int i = 0; i < some && t < next_terms; ++i) prefetch(lane + i * lane_stride + next[t]);
+        for (int i = 0; i < some && t < next_terms; ++i)
+          prefetch(next_src + (j + i) * lane_stride + next[t]);
         t += run * step;
+        left -= run;
         if (run >= L / 4) {
           V block[L];
           if (run == L && some == L) {
@@ -218,6 +221,7 @@ void pack_panel(T* panel, int pitch, int lanes, const S* src, int64_t lane_strid
           }
         }
       }
+    }
   }
 }
 
