@@ -10,7 +10,7 @@ namespace torch_naiveconv::TNC_ISA {
 // to g1 on top of the totals of the earlier ones. `finish` takes the totals of a part's last group.
 template <class S, class T>
 void multiply_lanes(const Images<S>& call, const Phase& phase, const S* weight, LaneTile tile,
-                    int64_t g0, int64_t g1, bool wide, bool apart, int64_t step,
+                    int64_t g0, int64_t g1, bool wide, bool apart, int64_t run_terms, int64_t step,
                     const T* const* row, const int64_t* rows, T* panel, T* total,
                     const Finish<T>* finish) {
   using K = Kind<S>;
@@ -34,7 +34,7 @@ void multiply_lanes(const Images<S>& call, const Phase& phase, const S* weight, 
       if (rows[i] == 0 || (g > 0 && part.start[g] == part.start[g + 1])) {
       } else if (wide) {
         multiply_vectors<T, K::chains>(from, rows[i], terms, length, panel, tile.lanes, to, g > 0,
-                                       closes);
+                                       run_terms, closes);
       } else {
         multiply_rows<T, K::chains>(from, rows[i], terms, length, panel, tile.vecs, to, g > 0,
                                     apart, closes);
@@ -260,6 +260,10 @@ class PixelProduct {
     patched_ = !turned_ && (is_half_type<S> || phases_ > 1 || !(tap_in_place || taps_in_place_) ||
                             padding || extent > INT32_MAX);
     apart_ = !patched_ && terms_in_place_ && pixel_pitch() >= 64;
+    // Few filters wait for the memory, which is faster with fewer and longer runs.
+    if (wide_ && tap_in_place && !patched_ && !turned_ && all_taps_ == 1 &&
+        call_.lanes <= rows_turned && call_.image_channels <= K::group)
+      run_terms_ = 8;
 
     const int64_t plane = box_samples_ * size[0] * size[1] * size[2] * int64_t{sizeof(T)};
     patch_channels_ = least(call_.image_channels, most(patch_bytes / plane, channels_in_group()));
@@ -552,7 +556,7 @@ class PixelProduct {
     // What lies side by side in the weight: the taps of a channel, or the channels of a tap.
     const int64_t step = call_.channel_stride == 1 ? most_taps_ : 1;
     for (int k = i; k < i + at_once_; ++k)
-      multiply_lanes(call_, phase_[k], weight, tile, g0, g1, wide_, apart_, step,
+      multiply_lanes(call_, phase_[k], weight, tile, g0, g1, wide_, apart_, run_terms_, step,
                      w.row + k * box_rows_, w.rows_of + k * parts_, w.panel,
                      total + (k - i) * totals_of_phase(), finish);
   }
@@ -610,6 +614,7 @@ class PixelProduct {
   int64_t piece_[4] = {1, 1, 1, 1};  // so many of n, d, h, w
   PatchLayout layout_;
   bool patched_, turned_, apart_;  // apart: each row reads lines of its own
+  int64_t run_terms_ = K::group;   // multiplied at a time
   bool one_chunk_;
   int64_t patch_channels_;
   int64_t row_step_[3];  // from pixel to pixel, in the image or the patch
