@@ -16,6 +16,7 @@
 #pragma once
 
 #include "conv_pixels.h"
+#include "conv_sliding.h"
 #include "conv_tiny.h"
 #include "conv_windows.h"
 
@@ -86,6 +87,8 @@ bool dense_forward(const ConvProblem& p) {
                            s.axis[2].kernel};
   if constexpr (can_be_tiny<S>)
     if (multiply_tiny(call, grid, special)) return true;
+  if constexpr (can_slide<S>)
+    if (multiply_sliding(call, grid)) return true;
   if (!multiply_images(call, &grid, 1, true, special)) return false;
   return !special || all_finite<S>(p.weight, size) ||
          multiply_images(call, &grid, 1, false, special);
@@ -161,6 +164,8 @@ bool dense_grad_input(const ConvProblem& p) {
       const bool done = each_phase(s, [&](const GridAxis(&grid)[3]) {
         if constexpr (can_be_tiny<S>)
           if (multiply_tiny(part, grid, special)) return true;
+        if constexpr (can_slide<S>)
+          if (multiply_sliding(part, grid)) return true;
         return multiply_images(part, &grid, 1, true, special);
       });
       if (!done) return false;

@@ -18,7 +18,7 @@ struct Panels {
 // to g1 on top of the totals of the earlier ones. `finish` takes the totals of a part's last group.
 template <class S, class T>
 void multiply_lanes(const Images<S>& call, const PanelTerms& all, const S* weight, LaneTile tile,
-                    int64_t g0, int64_t g1, bool wide, bool apart, int64_t step,
+                    int64_t g0, int64_t g1, bool wide, bool apart, int64_t run_terms, int64_t step,
                     const T* const* row, const int64_t* rows, const Panels<T>& panels, T* total,
                     const Finish<T>* finish) {
   using K = Kind<S>;
@@ -44,7 +44,7 @@ void multiply_lanes(const Images<S>& call, const PanelTerms& all, const S* weigh
       if (rows[i] == 0 || (g > 0 && part.start[g] == part.start[g + 1])) {
       } else if (wide) {
         multiply_vectors<T, K::chains>(from, rows[i], terms, length, panel, tile.lanes, to, g > 0,
-                                       closes);
+                                       run_terms, closes);
       } else {
         multiply_rows<T, K::chains>(from, rows[i], terms, length, panel, tile.vecs, to, g > 0,
                                     apart, closes);
@@ -335,6 +335,10 @@ class PixelProduct {
     patched_ = !turned_ && (is_half_type<S> || phases_ > 1 || !(tap_in_place || taps_in_place_) ||
                             padding || extent > INT32_MAX);
     apart_ = !patched_ && terms_in_place_ && pixel_pitch() >= 64;
+    // Few filters wait for the memory, which is faster with fewer and longer runs.
+    if (wide_ && tap_in_place && !patched_ && !turned_ && all_taps_ == 1 &&
+        call_.lanes <= rows_turned && call_.image_channels <= K::group)
+      run_terms_ = 8;
 
     const int64_t plane = box_samples_ * size[0] * size[1] * size[2] * int64_t{sizeof(T)};
     const int64_t limit = phases_ > 1 && !wide_ ? 2 * phase_bytes : patch_bytes;
@@ -667,7 +671,7 @@ class PixelProduct {
     // What lies side by side in the weight: the taps of a channel, or the channels of a tap.
     const int64_t step = call_.channel_stride == 1 ? most_taps_ : 1;
     for (int k = i; k < i + at_once(); ++k)
-      multiply_lanes(call_, panel_[k], weight, tile, g0, g1, wide_, apart_, step,
+      multiply_lanes(call_, panel_[k], weight, tile, g0, g1, wide_, apart_, run_terms_, step,
                      w.row + k * box_rows_, w.rows_of + k * parts_, panels,
                      total + (k - i) * totals_of_panel(), finish);
   }
@@ -739,6 +743,7 @@ class PixelProduct {
   int64_t piece_[4] = {1, 1, 1, 1};  // so many of n, d, h, w
   PatchLayout layout_;
   bool patched_, turned_, apart_;  // apart: each row reads lines of its own
+  int64_t run_terms_ = K::group;   // multiplied at a time
   bool one_chunk_;
   bool keeps_panels_;  // of a block of lanes, from box to box
   int64_t patch_channels_;

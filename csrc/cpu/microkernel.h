@@ -49,23 +49,25 @@ struct Finish {
   bool* special = nullptr;            // becomes true if an infinity or a NaN was stored
 };
 
+// What the chains of a tile are to its totals: all there is, a group more, or more terms of the
+// only group, whose chains were left there.
+enum class Group { first, next, same };
+
 // `tiles` of them, one below the other: their pointers follow in `in_place`, their rows in `total`,
-// whose Rows x Vecs vectors a tile begin from +0 unless `resume`, unless `finish` takes them.
+// Rows x Vecs vectors a tile, unless `finish` takes them.
 // `length[c]` terms of chain c, chain after chain. `last` is the last pointer of the whole work:
 // what lies ahead is asked for early; of rows that are Apart, each in lines of its own, each term
 // asks for another one.
 template <class T, int Chains, int Rows, int Vecs, bool Wide, bool Apart = false>
 void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
-                    const int32_t* length, const T* panel, T* total, bool resume,
+                    const int32_t* length, const T* panel, T* total, Group group,
                     const T* const* last, const Finish<T>* finish) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
   constexpr int pointers = Wide ? Vecs : Rows;
   constexpr bool all_lines = Wide && (Rows <= 2 || Vecs <= 4);
   const int64_t* position = finish ? finish->position : nullptr;
-  // So few products wait for the memory: the second cache is to have what lies far ahead.
-  constexpr bool waits = Wide && Rows <= 2;
-  const int far = waits ? 4 : all_lines && length[0] > 64 ? 1 : 2;  // tiles
+  const int far = all_lines && length[0] > 64 ? 1 : 2;  // tiles
   for (; tiles > 0; --tiles, in_place += pointers, total += Rows * Vecs * L) {
     const Term* term = terms;
     const T* const ahead = last - in_place > far * pointers ? in_place[far * pointers] : *last;
@@ -87,7 +89,8 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 8
-        for (int j = 0; j < Vecs; ++j) chain[c][i][j] = V::zero();
+        for (int j = 0; j < Vecs; ++j)
+          chain[c][i][j] = group == Group::same ? V::load(total + (i * Vecs + j) * L) : V::zero();
       for (int32_t n = length[c]; n > 0; --n) {
         const int64_t o = term->in_place;
         const T* const packed = panel + term++->packed * int64_t{Wide ? Rows : Vecs * L};
@@ -95,8 +98,7 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
           prefetch_near(rows_ahead[n & 7] + o);
         else
 #pragma GCC unroll 8
-          for (int j = 0; j < (all_lines ? Vecs : 1); ++j)
-            waits ? prefetch(ahead + o + j * L) : prefetch_near(ahead + o + j * L);
+          for (int j = 0; j < (all_lines ? Vecs : 1); ++j) prefetch_near(ahead + o + j * L);
         if constexpr (Wide && Rows < Vecs) {
           V row[Rows];
 #pragma GCC unroll 16
@@ -123,10 +125,11 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
     // +0 + chain, or just the chain: it may be -0, and then the bias, which is not, makes it +0.
     const auto total_of = [&](int i, int j) __attribute__((always_inline)) {
       if constexpr (Chains == 2)
-        return (resume ? V::load(total + (i * Vecs + j) * L) : V::zero()) +
+        return (group == Group::next ? V::load(total + (i * Vecs + j) * L) : V::zero()) +
                (chain[0][i][j] + chain[1][i][j]);
       else
-        return resume ? V::load(total + (i * Vecs + j) * L) + chain[0][i][j] : chain[0][i][j];
+        return group == Group::next ? V::load(total + (i * Vecs + j) * L) + chain[0][i][j]
+                                    : chain[0][i][j];
     };
     if (finish == nullptr) {
 #pragma GCC unroll 16
@@ -176,7 +179,7 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
 }
 
 template <class T>
-using Tiles = void (*)(int64_t, const T* const*, const Term*, const int32_t*, const T*, T*, bool,
+using Tiles = void (*)(int64_t, const T* const*, const Term*, const int32_t*, const T*, T*, Group,
                        const T* const*, const Finish<T>*);
 
 // The tile of `rows` x `vecs`, 1 <= rows <= TileSize::rows_of(vecs), 1 <= vecs <= TileSize::vecs.
@@ -237,9 +240,10 @@ void multiply_rows(const T* const* row, int64_t rows, const Term* terms, const i
                    const Finish<T>* finish = nullptr) {
   const T* const* const last = row + rows - 1;
   Finish<T> here = finish ? *finish : Finish<T>{};
+  const Group group = resume ? Group::next : Group::first;
   each_row_tile<T, Chains>(rows, vecs, [&](int64_t tiles, int tile_rows) {
-    tile_of<T, Chains>(tile_rows, vecs, apart)(tiles, row, terms, length, panel, total, resume,
-                                               last, finish ? &here : nullptr);
+    tile_of<T, Chains>(tile_rows, vecs, apart)(tiles, row, terms, length, panel, total, group, last,
+                                               finish ? &here : nullptr);
     row += tiles * tile_rows;
     if (finish) here.position += tiles * tile_rows;
     total += tiles * tile_rows * vecs * Vec<T>::lanes;
@@ -260,17 +264,28 @@ TNC_INLINE void each_wide_run(int rows, int64_t vectors, const Use& use) {
 }
 
 // total += the group, for `vectors` vectors with a pointer each; the tile that begins at vector v
-// has its totals, rows x width, at v * rows vectors.
+// has its totals, rows x width, at v * rows vectors. `at_once` terms at a time, whose memory is
+// read in so many runs; a group of more must be the only one.
 template <class T, int Chains>
 void multiply_vectors(const T* const* vector, int64_t vectors, const Term* terms,
                       const int32_t* length, const T* panel, int rows, T* total, bool resume,
-                      const Finish<T>* finish) {
-  each_wide_run<T, Chains>(rows, vectors, [&](Tiles<T> tile, int64_t v, int64_t tiles, int) {
-    Finish<T> rest = finish ? *finish : Finish<T>{};
-    if (finish) rest.position += v;
-    tile(tiles, vector + v, terms, length, panel, total + v * rows * Vec<T>::lanes, resume,
-         vector + vectors - 1, finish ? &rest : nullptr);
-  });
+                      int64_t at_once, const Finish<T>* finish) {
+  Group group = resume ? Group::next : Group::first;
+  int64_t left = length[0];
+  do {
+    const int32_t some[max_chains] = {static_cast<int32_t>(least(left, at_once)),
+                                      Chains == 2 ? length[1] : 0};
+    left -= some[0];
+    const Finish<T>* const closes = left == 0 ? finish : nullptr;
+    each_wide_run<T, Chains>(rows, vectors, [&](Tiles<T> tile, int64_t v, int64_t tiles, int) {
+      Finish<T> rest = closes ? *closes : Finish<T>{};
+      if (closes) rest.position += v;
+      tile(tiles, vector + v, terms, some, panel, total + v * rows * Vec<T>::lanes, group,
+           vector + vectors - 1, closes ? &rest : nullptr);
+    });
+    terms += some[0];
+    group = Group::same;
+  } while (left > 0);
 }
 
 // total[r] += `groups` groups of `terms` terms each, for one vector of lanes and so few rows that a

@@ -1,0 +1,300 @@
+// Forward and grad_input of few written channels with a 3x3 kernel of stride 1 that keeps the size:
+// the gradient of an image, or a layer that makes one. Lanes are pixels of a row. Start reading at
+// SlidingProduct::run_task.
+//
+// Plane after plane of the image adds its terms to the chains of a band of rows, which stay in the
+// first cache. So each plane is read in place and in long runs, and a vector of it is loaded once
+// for all the rows that read it; its neighbours' pixels are joined to it in registers, or zeros
+// beyond the border.
+#pragma once
+
+#include "conv_grids.h"
+#include "depthwise_tiles.h"
+
+namespace torch_naiveconv::TNC_ISA {
+
+constexpr int sliding_kernel = 3, sliding_taps = sliding_kernel * sliding_kernel;
+constexpr int sliding_lanes = 3;  // at most
+// Of a tile: its chains leave registers for a row that is read.
+constexpr int sliding_rows(int64_t lanes) { return lanes == 3 ? 3 : 4; }
+constexpr int sliding_vecs(int64_t lanes) { return lanes == 1 ? 4 : 2; }
+
+template <class S>
+constexpr bool can_slide = !is_half_type<S> && joins_windows<Vec<typename Kind<S>::T>>;
+
+// A band, and the rows that it reads, both in the order in which the taps come to them.
+template <class T>
+struct SlidingBand {
+  const T* source[6];
+  T* chain;
+  int64_t chain_step, chain_lane;  // from row to row, from lane to lane
+  int64_t width;
+  const T* weight;  // tap after tap, the lanes of each
+  int64_t ahead;    // from a source to what is fetched meanwhile
+};
+
+// chain[row][pixel] = fma(source[row + tap][pixel + tap], weight[tap], chain[row][pixel]) for all
+// taps in order, which is from right to left if Step is -1. Edge: the image ends before or behind
+// the columns that are read.
+template <class T, int Step, int Lanes, int Vecs, bool Edge>
+TNC_INLINE void slide_columns(const SlidingBand<T>& band, int64_t column) {
+  using V = Vec<T>;
+  constexpr int L = V::lanes, K = sliding_kernel, rows = sliding_rows(Lanes);
+  V chain[rows][Lanes][Vecs];
+  const auto each = [&](const auto& use) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+      for (int l = 0; l < Lanes; ++l)
+#pragma GCC unroll 4
+        for (int c = 0; c < Vecs; ++c)
+          use(chain[i][l][c],
+              band.chain + i * band.chain_step + l * band.chain_lane + column + c * L);
+  };
+  each([](V& sum, const T* from) __attribute__((always_inline)) { sum = V::load(from); });
+#pragma GCC unroll 8
+  for (int u = 0; u < rows + K - 1; ++u) {
+    const T* const from = band.source[u] + column;
+    V whole[Vecs + 2];
+#pragma GCC unroll 8
+    for (int c = -1; c <= Vecs; ++c) {
+      if constexpr (Edge) {
+        const int64_t some = c < 0 ? column : most(band.width - column - c * L, 0);
+        whole[c + 1] = V::load(from + c * L, static_cast<int>(least(some, L)));
+      } else {
+        whole[c + 1] = V::load(from + c * L);
+      }
+    }
+    if (Step < 0 ? u < rows : u >= K - 1)  // the rows below
+      prefetch_row<Vecs, V>(from + band.ahead);
+    with_constants<K>([&](auto kw) __attribute__((always_inline)) {
+      constexpr int shift = Step < 0 ? K - 1 - kw.value : kw.value;
+      V x[Vecs];
+#pragma GCC unroll 4
+      for (int c = 0; c < Vecs; ++c) {
+        if constexpr (shift == 0)
+          x[c] = V::template window<L - 1>(whole[c], whole[c + 1]);
+        else
+          x[c] = V::template window<shift - 1>(whole[c + 1], whole[c + 2]);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < rows; ++i) {
+        const int kh = u - i;
+        if (kh < 0 || kh >= K) continue;
+#pragma GCC unroll 4
+        for (int l = 0; l < Lanes; ++l) {
+          const V tap = V::broadcast(band.weight[(kh * K + kw.value) * Lanes + l]);
+#pragma GCC unroll 4
+          for (int c = 0; c < Vecs; ++c) chain[i][l][c] = fma(x[c], tap, chain[i][l][c]);
+        }
+      }
+    });
+  }
+  each([](const V& sum, T* to) __attribute__((always_inline)) { sum.store(to); });
+}
+
+template <class T, int Step, int Lanes, int Vecs = sliding_vecs(Lanes)>
+TNC_INLINE void slide_band(const SlidingBand<T>& band, int64_t column, int64_t vectors) {
+  constexpr int L = Vec<T>::lanes;
+  for (; vectors >= Vecs; vectors -= Vecs, column += Vecs * L) {
+    if (column == 0 || column + (Vecs + 1) * L > band.width)
+      slide_columns<T, Step, Lanes, Vecs, true>(band, column);
+    else
+      slide_columns<T, Step, Lanes, Vecs, false>(band, column);
+  }
+  if constexpr (Vecs > 1) slide_band<T, Step, Lanes, Vecs / 2>(band, column, vectors);
+}
+
+// One call: its plan, which the threads share, and what a task does. A task is a band of a slice,
+// all lanes.
+template <class T>
+class SlidingProduct {
+  using V = Vec<T>;
+  using K = Kind<T>;
+  static constexpr int L = V::lanes;
+
+ public:
+  SlidingProduct(const Images<T>& call, const GridAxis (&grid)[3])
+      : call_(call),
+        grid_(grid),
+        width_(grid[2].count),
+        planes_(call.image_channels * grid[0].taps),
+        columns_(up(width_, L) * L),
+        slices_(call.batch * call.groups * grid[0].count),
+        rows_(sliding_rows(call.lanes)),
+        bands_(up(grid[1].count, rows_)) {}
+
+  bool takes() const {
+    for (int a = 0; a < 3; ++a) {
+      const GridAxis& axis = grid_[a];
+      if (axis.taps != call_.kernel[a] || axis.step != 1 || axis.image_step != 1) return false;
+    }
+    const GridAxis &h = grid_[1], &w = grid_[2];
+    return h.taps == sliding_kernel && w.taps == sliding_kernel && std::llabs(w.shift_step) == 1 &&
+           h.shift_step == w.shift_step && w.least_shift() == -1 && w.count == w.image_size &&
+           call_.lanes <= sliding_lanes && call_.image_stride[4] == 1 &&
+           call_.target_stride[4] == 1 && has_vectors_of_pixels(call_, grid_);
+  }
+
+  // Says whether an infinity or a NaN was written.
+  bool run() {
+    pack_weights();
+    return run_tasks<K>(
+        slices_ * bands_,
+        slices_ * grid_[1].count * columns_ * call_.lanes * planes_ * sliding_taps,
+        [&] { return workspace(); }, [&](int64_t task, Workspace& w) { run_task(task, w); });
+  }
+
+ private:
+  struct Workspace {
+    T *chain, *total;
+    bool special = false;
+  };
+  struct Place {  // of a task
+    int64_t group, slice, row, rows;
+    const T* image;
+    T* target;
+  };
+  int64_t chains() const { return call_.lanes * rows_ * columns_; }
+
+  // Plane after plane, tap after tap, the lanes of each.
+  void pack_weights() {
+    const int64_t* const stride = call_.weight_stride;
+    const int64_t weights = call_.groups * planes_ * sliding_taps * call_.lanes;
+    Arena& plan = plan_arena();
+    plan.reset(Arena::bytes_for<T>(weights) + Arena::bytes_for<T>(columns_));
+    weight_ = plan.take<T>(weights);
+    zeros_ = plan.take<T>(columns_);
+    zero_run(zeros_, columns_);
+    T* to = weight_;
+    for (int64_t g = 0; g < call_.groups; ++g)
+      for (int64_t c = 0; c < call_.image_channels; ++c)
+        for (int64_t d = 0; d < call_.kernel[0]; ++d)
+          for (int64_t h = 0; h < sliding_kernel; ++h)
+            for (int64_t w = 0; w < sliding_kernel; ++w)
+              for (int64_t l = 0; l < call_.lanes; ++l)
+                *to++ = call_.weight[g * call_.group_stride + c * call_.channel_stride +
+                                     l * call_.lane_stride + d * stride[2] + h * stride[3] +
+                                     w * stride[4]];
+  }
+
+  Workspace workspace() const {
+    Arena& arena = task_arena();
+    arena.reset(2 * Arena::bytes_for<T>(chains()));
+    Workspace w;
+    w.chain = arena.take<T>(chains());
+    w.total = arena.take<T>(chains());
+    return w;
+  }
+
+  void run_task(int64_t task, Workspace& w) const {
+    const Place place = place_of(task);
+    zero_run(w.chain, chains());
+    zero_run(w.total, chains());
+    for (int64_t plane = 0; plane < planes_; ++plane) {
+      const int64_t first = plane * sliding_taps, last = first + sliding_taps;
+      for (int64_t t = first, end; t < last; t = end) {
+        end = least(last, (t / K::group + 1) * K::group);
+        multiply_taps(place, w, plane, t - first, end - first);
+        if (end % K::group == 0 || end == planes_ * sliding_taps) close_group(w);
+      }
+    }
+    store(place, w);
+  }
+
+  Place place_of(int64_t task) const {
+    const int64_t band = task % bands_, slice = task / bands_ % grid_[0].count;
+    const int64_t group = task / bands_ / grid_[0].count % call_.groups;
+    const int64_t sample = task / bands_ / grid_[0].count / call_.groups;
+    Place p{group, slice, band * rows_, 0, call_.image, call_.target};
+    p.rows = least(rows_, grid_[1].count - p.row);
+    p.image +=
+        sample * call_.image_stride[0] + group * call_.image_channels * call_.image_stride[1];
+    p.target += sample * call_.target_stride[0] + group * call_.lanes * call_.target_stride[1] +
+                slice * call_.target_stride[2] + p.row * call_.target_stride[3];
+    return p;
+  }
+
+  // The taps [first, last) of a plane: where the end of a group cuts them, the weights of the
+  // others are +0, which adds nothing to a chain if the image is finite.
+  void multiply_taps(const Place& place, Workspace& w, int64_t plane, int64_t first,
+                     int64_t last) const {
+    const int64_t depth = place.slice + grid_[0].shift(plane % grid_[0].taps);
+    if (depth < 0 || depth >= grid_[0].image_size) return;
+    const T* const image =
+        place.image + plane / grid_[0].taps * call_.image_stride[1] + depth * call_.image_stride[2];
+    const T* weight = weight_ + (place.group * planes_ + plane) * sliding_taps * call_.lanes;
+    T some[sliding_taps * sliding_lanes];
+    if (last - first < sliding_taps) {
+      for (int64_t i = 0; i < sliding_taps * call_.lanes; ++i)
+        some[i] = first * call_.lanes <= i && i < last * call_.lanes ? weight[i] : T(0);
+      weight = some;
+    }
+    const int64_t next_channel = plane / grid_[0].taps + 1 < call_.image_channels;
+    slide_of()(*this, place, w.chain, image, weight, next_channel * call_.image_stride[1]);
+  }
+
+  template <int Step, int Lanes>
+  static void slide(const SlidingProduct& p, const Place& place, T* chain, const T* image,
+                    const T* weight, int64_t ahead) {
+    constexpr int rows = sliding_rows(Lanes), sources = rows + sliding_kernel - 1;
+    SlidingBand<T> band{{}, chain, Step * p.columns_, rows * p.columns_, p.width_, weight, ahead};
+    if (Step < 0) band.chain += (rows - 1) * p.columns_;
+    for (int u = 0; u < sources; ++u) {
+      const int64_t at = place.row + p.grid_[1].least_shift() + (Step < 0 ? sources - 1 - u : u);
+      const bool inside = at >= 0 && at < p.grid_[1].image_size;
+      band.source[u] = inside ? image + at * p.call_.image_stride[3] : p.zeros_;
+    }
+    slide_band<T, Step, Lanes>(band, 0, p.columns_ / L);
+  }
+  template <int Lanes = 1>
+  auto slide_of() const {
+    if constexpr (Lanes < sliding_lanes)
+      if (call_.lanes > Lanes) return slide_of<Lanes + 1>();
+    return grid_[2].shift_step < 0 ? slide<-1, Lanes> : slide<1, Lanes>;
+  }
+
+  void close_group(Workspace& w) const {
+    for (int64_t i = 0; i < chains(); i += L) {
+      (V::load(w.total + i) + V::load(w.chain + i)).store(w.total + i);
+      V::zero().store(w.chain + i);
+    }
+  }
+
+  void store(const Place& place, Workspace& w) const {
+    auto special = is_special(V::zero());
+    for (int64_t l = 0; l < call_.lanes; ++l) {
+      const V bias = V::broadcast(call_.bias ? call_.bias[place.group * call_.lanes + l] : T(0));
+      for (int64_t y = 0; y < place.rows; ++y) {
+        const T* const total = w.total + (l * rows_ + y) * columns_;
+        T* const to = place.target + l * call_.target_stride[1] + y * call_.target_stride[3];
+        for (int64_t x = 0; x < width_; x += L) {
+          const V sum = V::load(total + x) + bias;
+          special = V::either(special, is_special(sum));
+          if (x + L <= width_)
+            canonical(sum).store(to + x);
+          else
+            canonical(sum).store(to + x, static_cast<int>(width_ - x));
+        }
+      }
+    }
+    w.special = w.special || V::any(special);
+  }
+
+  const Images<T>& call_;
+  const GridAxis (&grid_)[3];
+  const int64_t width_, planes_;
+  const int64_t columns_;                // of the chains: whole vectors
+  const int64_t slices_, rows_, bands_;  // rows of a band, bands of a slice
+  T *weight_, *zeros_;
+};
+
+// Returns false to decline, also after the fact: if an infinity or a NaN came out, an operand that
+// met a +0 may not have been finite.
+template <class T>
+bool multiply_sliding(const Images<T>& call, const GridAxis (&grid)[3]) {
+  SlidingProduct<T> product(call, grid);
+  return product.takes() && !product.run();
+}
+
+}  // namespace torch_naiveconv::TNC_ISA
