@@ -101,7 +101,10 @@ struct PatchLayout {
   int64_t odd = 0;       // if rows lie in halves: where the odd elements of a row begin
   int64_t elements = 0;  // for one sample
 
-  bool operator==(const PatchLayout&) const = default;
+  bool operator==(const PatchLayout& other) const {
+    return channel == other.channel && axis[0] == other.axis[0] && axis[1] == other.axis[1] &&
+           axis[2] == other.axis[2] && odd == other.odd && elements == other.elements;
+  }
   static PatchLayout of(int64_t channels, const int64_t (&size)[3], bool halves = false) {
     PatchLayout p;
     p.axis[2] = 1;
