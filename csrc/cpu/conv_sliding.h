@@ -133,7 +133,8 @@ class SlidingProduct {
     return h.taps == sliding_kernel && w.taps == sliding_kernel && std::llabs(w.shift_step) == 1 &&
            h.shift_step == w.shift_step && w.least_shift() == -1 && w.count == w.image_size &&
            call_.lanes <= sliding_lanes && call_.image_stride[4] == 1 &&
-           call_.target_stride[4] == 1 && has_vectors_of_pixels(call_, grid_);
+           call_.target_stride[4] == 1 && has_vectors_of_pixels(call_, grid_) &&
+           2 * chains() * int64_t{sizeof(T)} <= total_bytes;
   }
 
   // Says whether an infinity or a NaN was written.
