@@ -153,6 +153,13 @@ NAMED = {
     "planes that crowd the cache": (1, 40, 40, 1, [(32, 3, 1, 1, 1, 1)] * 2),
     "pointwise, every second row": (1, 20, 20, 1, [(20, 1, 2, 1, 0, 0), (56, 1, 2, 1, 0, 0)]),
     "one filter, pointwise": (2, 48, 1, 1, [(13, 1, 1, 1, 0, 0), (25, 1, 1, 1, 0, 0)]),
+    "one filter, pointwise, a row of padding": (
+        2,
+        16,
+        1,
+        1,
+        [(12, 1, 3, 1, 1, 0), (32, 1, 1, 1, 0, 0)],
+    ),
     "two filters, pointwise": (1, 33, 2, 1, [(16, 1, 1, 1, 0, 0), (24, 1, 1, 1, 0, 0)]),
     "three filters, pointwise": (1, 16, 3, 1, [(300, 1, 1, 1, 0, 0)]),
     "four filters, pointwise": (1, 64, 4, 1, [(8, 1, 1, 1, 0, 0), (32, 1, 1, 1, 0, 0)]),

@@ -327,7 +327,8 @@ class PixelProduct {
     const bool tap_in_place = (all_taps_ == 1 || whole_images) && reach_[2].step == 1 &&
                               (pixels_in_place || terms_in_place_);
     // Vectors of few channels' pixels, whose terms lie side by side, are turned in registers.
-    turned_ = wide_ && !widens && all_taps_ == 1 && phases_ == 1 && !padding &&
+    const bool cut = cut_[0].count * cut_[1].count * cut_[2].count > 1;
+    turned_ = wide_ && !widens && all_taps_ == 1 && phases_ == 1 && !padding && !cut &&
               call_.image_stride[1] == 1 && call_.lanes <= rows_turned &&
               call_.image_channels % L == 0 &&
               (call_.image_channels <= K::group || call_.image_channels % K::group == 0) &&
