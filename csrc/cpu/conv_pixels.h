@@ -656,7 +656,8 @@ class PixelProduct {
         // Vectors that lie side by side in the result are stored out of the registers.
         Finish<T> finish{to,     w.position + i * box_rows_,  call_.target_stride[1],
                          w.bias, wide_ ? pixels : tile.lanes, &w.special};
-        const bool finishes = wide_ ? to_pixel == 1 : call_.target_stride[1] == 1;
+        const bool finishes =
+            in_turns_ == 1 && (wide_ ? to_pixel == 1 : call_.target_stride[1] == 1);
         multiply_panels(w, i, tile, weight, g0, g1, panels, total, finishes ? &finish : nullptr);
         if (finishes) return;
       }

@@ -147,7 +147,9 @@ bool map_planes(const ConvProblem& p) {
     square = square && s.axis[a].stride == (a > 0 ? stride : 1) && s.axis[a].dilation == 1;
   const bool plain = square && stride <= (transposed ? 1 : 2);
   const bool pairs = period_w == 2 && chunks.count[2] == 1 && axis[2].written % 2 == 0;
-  const bool neighbours = joins_windows<Vec<E>> && phase_count == 1 && step_w == 1 &&
+  // One phase is not enough: of a stride longer than the image it need not meet all taps.
+  const bool all_meet = axis[0].period == 1 && period_h == 1 && period_w == 1;
+  const bool neighbours = joins_windows<Vec<E>> && all_meet && step_w == 1 &&
                           axis[2].dilation == 1 && axis[2].kernel > 4;
   PlaneWay way = neighbours ? PlaneWay::sweep : PlaneWay::list;
   if (pairs && square && kernel < 7 && numbers == kernel * kernel && chunks.count[1] == 1 &&
