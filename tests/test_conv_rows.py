@@ -227,6 +227,20 @@ def test_weights_that_are_not_finite(row, bad):
 
 @pytest.mark.parametrize("row", FAST)
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_weights_that_meet_padding_alone(row, bad):
+    """Padding is data of the forward pass, and nothing to the input gradient."""
+    x, w = torch.ones(1, 2, 1, 8, 20), torch.ones(2, 2, 3, 3, 3)
+    w[0, 0, 0, 1, 1] = bad
+    expected = F.conv3d(x, w, padding=1, impl="naive")
+    assert expected[0, 0].isnan().all() and expected[0, 1].isfinite().all()
+    assert_same_bits(F.conv3d(x, w, padding=1, impl=row), expected, row)
+    expected = F.conv_grad_input(x.shape, w, x, padding=1, impl="naive")
+    assert expected.isfinite().all()
+    assert_same_bits(F.conv_grad_input(x.shape, w, x, padding=1, impl=row), expected, row)
+
+
+@pytest.mark.parametrize("row", FAST)
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 @pytest.mark.parametrize("place", [(0, 0), (0, 5), (2, 2), (5, 5)])
 def test_gradients_that_are_not_finite(row, bad, place):
     """A tap that reads padding where the gradient is not finite is NaN in the weight gradient."""

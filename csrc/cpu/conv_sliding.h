@@ -217,13 +217,15 @@ class SlidingProduct {
   }
 
   // The taps [first, last) of a plane: where the end of a group cuts them, the weights of the
-  // others are +0, which adds nothing to a chain if the image is finite.
+  // others are +0, which adds nothing to a chain if the image is finite. Planes beyond the border
+  // are zeros as well, not left out: a weight that is not finite is to show.
   void multiply_taps(const Place& place, Workspace& w, int64_t plane, int64_t first,
                      int64_t last) const {
     const int64_t depth = place.slice + grid_[0].shift(plane % grid_[0].taps);
-    if (depth < 0 || depth >= grid_[0].image_size) return;
-    const T* const image =
-        place.image + plane / grid_[0].taps * call_.image_stride[1] + depth * call_.image_stride[2];
+    const bool inside = depth >= 0 && depth < grid_[0].image_size;
+    const T* const image = inside ? place.image + plane / grid_[0].taps * call_.image_stride[1] +
+                                        depth * call_.image_stride[2]
+                                  : nullptr;
     const T* weight = weight_ + (place.group * planes_ + plane) * sliding_taps * call_.lanes;
     T some[sliding_taps * sliding_lanes];
     if (last - first < sliding_taps) {
@@ -243,7 +245,7 @@ class SlidingProduct {
     if (Step < 0) band.chain += (rows - 1) * p.columns_;
     for (int u = 0; u < sources; ++u) {
       const int64_t at = place.row + p.grid_[1].least_shift() + (Step < 0 ? sources - 1 - u : u);
-      const bool inside = at >= 0 && at < p.grid_[1].image_size;
+      const bool inside = image != nullptr && at >= 0 && at < p.grid_[1].image_size;
       band.source[u] = inside ? image + at * p.call_.image_stride[3] : p.zeros_;
     }
     slide_band<T, Step, Lanes>(band, 0, p.columns_ / L);
