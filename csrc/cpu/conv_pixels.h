@@ -268,7 +268,7 @@ class PixelProduct {
     const int64_t threads = thread_count(), lane_vecs = up(call_.lanes, L);
     work_ = call_.batch * call_.groups * pixels * terms_ * call_.lanes;
     if (!wide_ && call_.batch * pixels * call_.groups < threads * rows_of_task / 2 &&
-        work_ > work_of_task)
+        work_ > worthwhile_products)
       lane_blocks_ = least(threads, up(lane_vecs, Size::vecs));
     const int64_t pixels_of_patch = patch_bytes / (int64_t{sizeof(T)} * channels_in_group());
     int64_t target = least(rows_of_task, most(rows_of_task / 2, pixels_of_patch));

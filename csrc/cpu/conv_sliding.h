@@ -9,7 +9,6 @@
 #pragma once
 
 #include "conv_grids.h"
-#include "depthwise_tiles.h"
 
 namespace torch_naiveconv::TNC_ISA {
 

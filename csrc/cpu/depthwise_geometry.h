@@ -8,18 +8,6 @@ namespace torch_naiveconv::TNC_ISA {
 
 TNC_INLINE int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 
-template <class T>
-constexpr int chains_of = is_half_type<T> ? 2 : 1;
-template <class T>
-constexpr FloatEnvironment::Mode environment_of =
-    is_half_type<T> ? FloatEnvironment::flush : FloatEnvironment::gradual;
-
-// Are neighbouring vectors joined faster than a vector that crosses lines is loaded?
-template <class V, class = void>
-constexpr bool joins_windows = false;
-template <class V>
-constexpr bool joins_windows<V, decltype(void(V::template window<1>(V{}, V{})))> = true;
-
 // A result that is stored as T: narrowing makes every NaN canonical anyway.
 template <class T, class V>
 TNC_INLINE V result_of(V sum) {
@@ -29,10 +17,9 @@ TNC_INLINE V result_of(V sum) {
     return canonical(sum);
 }
 
-constexpr int64_t panel_bytes = 256 << 10;      // a panel's share of the L2 cache
-constexpr int64_t panel_limit = 2 << 20;        // what a thread may take at most
-constexpr int64_t widest_map_chunk = 128;       // pixels of a row, so that several rows fit
-constexpr int64_t worthwhile_products = 50000;  // multiply-adds for which a thread is woken
+constexpr int64_t panel_bytes = 256 << 10;  // a panel's share of the L2 cache
+constexpr int64_t panel_limit = 2 << 20;    // what a thread may take at most
+constexpr int64_t widest_map_chunk = 128;   // pixels of a row, so that several rows fit
 
 // Written position x reads, with tap k, source position (x * step + sign * (k * dilation - pad)) /
 // period, if that division is exact. Forward: period 1. grad_input: step 1, sign -1.

@@ -147,14 +147,6 @@ void list_tile(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
   }
 }
 
-// what(k) with the constants k < n.
-template <int n, class What>
-TNC_INLINE void with_constants(const What& what) {
-  [&]<int... k>(std::integer_sequence<int, k...>) __attribute__((always_inline)) {
-    (what(std::integral_constant<int, k>{}), ...);
-  }(std::make_integer_sequence<int, n>{});
-}
-
 // A row of the panel as a row of `kernel` taps reads it, for `vecs` vectors of pixels. `step`: from
 // pixel to pixel; or -1: the taps go from right to left.
 template <class V, int kernel, int vecs, int step, class E>
@@ -182,13 +174,6 @@ struct PlaneRow {
       return V::load(row + q * part + shift + (c + 1 < vecs ? c * V::lanes : last));
   }
 };
-
-template <int vecs, class V, class T>
-TNC_INLINE void prefetch_row(const T* row) {
-#pragma GCC unroll 8
-  for (int line = 0; line < vecs * V::lanes * int{sizeof(T)}; line += 64)
-    prefetch(row + line / sizeof(T));
-}
 
 // A square kernel of dilation 1 and one group of terms, of several source planes or of stride 2: a
 // vector is loaded once for all the rows of the tile that read it. Each row still meets its taps in

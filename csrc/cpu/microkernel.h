@@ -10,6 +10,8 @@
 // way round. The chains of a tile stay in registers for the whole group.
 #pragma once
 
+#include "basics.h"
+
 namespace torch_naiveconv::TNC_ISA {
 
 // Float and double close a group of one chain; the 16-bit types (computed in float) of two.

@@ -2,67 +2,9 @@
 // panels of lanes, zero-padded patches of an image, transposed stores. Widens 16-bit elements.
 #pragma once
 
+#include "basics.h"
+
 namespace torch_naiveconv::TNC_ISA {
-
-TNC_INLINE int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-TNC_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-TNC_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// Memory that only grows, one for each use and thread. take() hands out aligned pieces of it.
-class Arena {
- public:
-  Arena() = default;
-  ~Arena() { std::free(data_); }
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-
-  // Forgets what was taken; makes room for `bytes` (the sum of bytes_for of all pieces).
-  void reset(size_t bytes) {
-    used_ = 0;
-    if (bytes <= size_) return;
-    std::free(data_);
-    size_ = (bytes + 4095) / 4096 * 4096;
-    data_ = static_cast<char*>(std::aligned_alloc(4096, size_));
-    if (data_ == nullptr) {
-      size_ = 0;
-      throw std::bad_alloc();
-    }
-  }
-  template <class T>
-  static constexpr size_t bytes_for(int64_t count) {
-    return (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
-  }
-  template <class T>
-  T* take(int64_t count) {
-    T* const piece = reinterpret_cast<T*>(data_ + used_);
-    used_ += bytes_for<T>(count);
-    return piece;
-  }
-
- private:
-  char* data_ = nullptr;
-  size_t size_ = 0, used_ = 0;
-};
-
-inline Arena& plan_arena() {  // tables that the tasks of one call share
-  static thread_local Arena arena;
-  return arena;
-}
-inline Arena& task_arena() {  // what one task works in
-  static thread_local Arena arena;
-  return arena;
-}
-
-template <class T>
-TNC_INLINE T widened(T x) {
-  return x;
-}
-TNC_INLINE float widened(BFloat16 x) { return widen(x); }
-TNC_INLINE float widened(Half x) { return widen(x); }
-
-TNC_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
-TNC_INLINE void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
-TNC_INLINE void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }
 
 // zero_run, copy_run and copy_transposed write whole vectors: up to L - 1 elements behind the last.
 // What belongs there is written later, or is slack.
