@@ -55,6 +55,44 @@ struct Finish {
 // only group, whose chains were left there.
 enum class Group { first, next, same };
 
+// What the tiles below are made of. Inlined, their chains are registers.
+template <class V, int Rows, int Vecs>
+TNC_INLINE void zero_chains(V (&chain)[Rows][Vecs]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < Vecs; ++j) chain[i][j] = V::zero();
+}
+
+// chain[i][j] = fma(row(i), lane(j), chain[i][j])
+template <class V, int Rows, int Vecs, class RowOf, class LaneOf>
+TNC_INLINE void add_term(V (&chain)[Rows][Vecs], const RowOf& row_of, const LaneOf& lane_of) {
+  V lane[Vecs];
+#pragma GCC unroll 8
+  for (int j = 0; j < Vecs; ++j) lane[j] = lane_of(j);
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+    const V row = V::broadcast(row_of(i));
+#pragma GCC unroll 8
+    for (int j = 0; j < Vecs; ++j) chain[i][j] = fma(row, lane[j], chain[i][j]);
+  }
+}
+
+// The total of a group: +0 + chain, or just the chain: it may be -0, and then the bias, which is
+// not, makes it +0.
+template <class V, class T>
+TNC_INLINE V total_of(const T* earlier, V chain, bool resume) {
+  return resume ? V::load(earlier) + chain : chain;
+}
+template <class V, class T, int Rows, int Vecs>
+TNC_INLINE void close_group(const V (&chain)[Rows][Vecs], T* total, bool resume) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < Vecs; ++j, total += V::lanes)
+      total_of(total, chain[i][j], resume).store(total);
+}
+
 // `tiles` of them, one below the other: their pointers follow in `in_place`, their rows in `total`,
 // Rows x Vecs vectors a tile, unless `finish` takes them.
 // `length[c]` terms of chain c, chain after chain. `last` is the last pointer of the whole work:
@@ -352,32 +390,17 @@ void multiply_runs(int64_t tiles, const T* first, int64_t apart, int64_t terms, 
     for (int i = 0; i < Rows; ++i) at[i] = first + (tile * Rows + i) * apart;
     const int64_t ahead = tile + 1 < tiles ? Rows * apart : terms - tile * Rows * apart;
     V chain[Rows][Vecs];
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 8
-      for (int j = 0; j < Vecs; ++j) chain[i][j] = V::zero();
+    zero_chains(chain);
     const T* packed = panel;
     for (int64_t t = 0; t < terms; t += 8)
 #pragma GCC unroll 8
       for (int k = 0; k < 8; ++k, packed += Vecs * L) {
         prefetch_near(at[k % Rows] + t + ahead);
-        V lane[Vecs];
-#pragma GCC unroll 8
-        for (int j = 0; j < Vecs; ++j) lane[j] = V::load(packed + j * L);
-#pragma GCC unroll 16
-        for (int i = 0; i < Rows; ++i) {
-          const V row = V::broadcast(at[i][t + k]);
-#pragma GCC unroll 8
-          for (int j = 0; j < Vecs; ++j) chain[i][j] = fma(row, lane[j], chain[i][j]);
-        }
+        add_term(
+            chain, [&](int i) __attribute__((always_inline)) { return at[i][t + k]; },
+            [&](int j) __attribute__((always_inline)) { return V::load(packed + j * L); });
       }
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 8
-      for (int j = 0; j < Vecs; ++j) {
-        T* const to = total + (i * Vecs + j) * L;
-        (resume ? V::load(to) + chain[i][j] : chain[i][j]).store(to);
-      }
+    close_group(chain, total, resume);
   }
 }
 
@@ -400,31 +423,16 @@ void multiply_pixels(const T* rows, int64_t row_step, const T* lanes, int64_t la
   using V = Vec<T>;
   constexpr int L = V::lanes;
   V chain[Rows][Vecs];
-#pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < Vecs; ++j) chain[i][j] = V::zero();
+  zero_chains(chain);
   for (; terms > 0; --terms, rows += row_step, lanes += lane_step) {
     prefetch(rows + rows_ahead);
 #pragma GCC unroll 2
     for (int j = 0; j < (Vecs < 2 ? Vecs : 2); ++j) prefetch(lanes + lanes_ahead + j * L);
-    V lane[Vecs];
-#pragma GCC unroll 8
-    for (int j = 0; j < Vecs; ++j) lane[j] = V::load(lanes + j * L);
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-      const V row = V::broadcast(rows[i]);
-#pragma GCC unroll 8
-      for (int j = 0; j < Vecs; ++j) chain[i][j] = fma(row, lane[j], chain[i][j]);
-    }
+    add_term(
+        chain, [&](int i) __attribute__((always_inline)) { return rows[i]; },
+        [&](int j) __attribute__((always_inline)) { return V::load(lanes + j * L); });
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < Vecs; ++j) {
-      T* const to = total + (i * Vecs + j) * L;
-      (resume ? V::load(to) + chain[i][j] : chain[i][j]).store(to);
-    }
+  close_group(chain, total, resume);
 }
 
 template <class T, int Vecs = TileSize<T, 1>::vecs, int Rows = TileSize<T, 1>::rows_of(Vecs)>
