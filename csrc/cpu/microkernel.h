@@ -55,7 +55,8 @@ struct Finish {
 // only group, whose chains were left there.
 enum class Group { first, next, same };
 
-// What the tiles below are made of. Inlined, their chains are registers.
+// The steps of a tile of one chain. multiply_tiles has its own: in calls its hot loop would lose
+// registers.
 template <class V, int Rows, int Vecs>
 TNC_INLINE void zero_chains(V (&chain)[Rows][Vecs]) {
 #pragma GCC unroll 16
@@ -81,7 +82,7 @@ TNC_INLINE void add_term(V (&chain)[Rows][Vecs], const RowOf& row_of, const Lane
 // The total of a group: +0 + chain, or just the chain: it may be -0, and then the bias, which is
 // not, makes it +0.
 template <class V, class T>
-TNC_INLINE V total_of(const T* earlier, V chain, bool resume) {
+TNC_INLINE V closed(const T* earlier, V chain, bool resume) {
   return resume ? V::load(earlier) + chain : chain;
 }
 template <class V, class T, int Rows, int Vecs>
@@ -90,7 +91,7 @@ TNC_INLINE void close_group(const V (&chain)[Rows][Vecs], T* total, bool resume)
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < Vecs; ++j, total += V::lanes)
-      total_of(total, chain[i][j], resume).store(total);
+      closed(total, chain[i][j], resume).store(total);
 }
 
 // `tiles` of them, one below the other: their pointers follow in `in_place`, their rows in `total`,
@@ -162,14 +163,13 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
         }
       }
     }
-    // +0 + chain, or just the chain: it may be -0, and then the bias, which is not, makes it +0.
     const auto total_of = [&](int i, int j) __attribute__((always_inline)) {
+      const T* const earlier = total + (i * Vecs + j) * L;
       if constexpr (Chains == 2)
-        return (group == Group::next ? V::load(total + (i * Vecs + j) * L) : V::zero()) +
+        return (group == Group::next ? V::load(earlier) : V::zero()) +
                (chain[0][i][j] + chain[1][i][j]);
       else
-        return group == Group::next ? V::load(total + (i * Vecs + j) * L) + chain[0][i][j]
-                                    : chain[0][i][j];
+        return closed(earlier, chain[0][i][j], group == Group::next);
     };
     if (finish == nullptr) {
 #pragma GCC unroll 16
