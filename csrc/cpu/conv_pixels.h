@@ -6,56 +6,6 @@
 
 namespace torch_naiveconv::TNC_ISA {
 
-// Where panels of a tile of lanes are packed: each in its own place, if they are kept for the boxes
-// that follow.
-template <class T>
-struct Panels {
-  T* memory;
-  bool kept, packed;
-};
-
-// The product of one tile of lanes for all rows of a box, `rows[i]` of part i: the groups from g0
-// to g1 on top of the totals of the earlier ones. `finish` takes the totals of a part's last group.
-template <class S, class T>
-void multiply_lanes(const Images<S>& call, const PanelTerms& all, const S* weight, LaneTile tile,
-                    int64_t g0, int64_t g1, bool wide, bool apart, int64_t run_terms, int64_t step,
-                    const T* const* row, const int64_t* rows, const Panels<T>& panels, T* total,
-                    const Finish<T>* finish) {
-  using K = Kind<S>;
-  const int64_t pitch = (wide ? tile.lanes : tile.vecs) * Vec<T>::lanes;
-  for (int64_t g = g0; g < g1; ++g) {
-    const int32_t* const lane = all.lane + all.start[g];
-    const int64_t n = all.start[g + 1] - all.start[g];
-    if (n == 0 && g > 0) continue;
-    const int32_t* const start = all.start + g;
-    const int width = wide ? tile.lanes : tile.vecs * Vec<T>::lanes;
-    T* const panel = panels.memory + (panels.kept ? start[0] * int64_t{width} : 0);
-    if (!panels.packed)
-      pack_panel(panel, width, tile.lanes, weight, call.lane_stride, lane, n, step, weight,
-                 all.lane + start[1], g + 1 < g1 ? start[2] - start[1] : 0);
-    const T* const* from = row;
-    T* to = total;
-    Finish<T> here = finish ? *finish : Finish<T>{};
-    for (int64_t i = 0; i < all.parts; ++i) {
-      const Part& part = all.part[i];
-      const Term* const terms = part.term + part.start[g];
-      const int32_t* const length = part.length + g * K::chains;
-      const Finish<T>* const closes = finish && g == part.last_group ? &here : nullptr;
-      if (rows[i] == 0 || (g > 0 && part.start[g] == part.start[g + 1])) {
-      } else if (wide) {
-        multiply_vectors<T, K::chains>(from, rows[i], terms, length, panel, tile.lanes, to, g > 0,
-                                       run_terms, closes);
-      } else {
-        multiply_rows<T, K::chains>(from, rows[i], terms, length, panel, tile.vecs, to, g > 0,
-                                    apart, closes);
-      }
-      here.position += rows[i];
-      from += rows[i];
-      to += rows[i] * pitch;
-    }
-  }
-}
-
 // Stores the totals of multiply_vectors like store_rows: `pixels` elements of each vector, pixel
 // after pixel to_pixel apart, lanes to_channel apart.
 template <class T, int Chains, class S>
@@ -603,91 +553,145 @@ class PixelProduct {
                  channels);
   }
 
-  LaneBlock<T, K::chains> block_of(const Place& place) const {
-    return {call_.lanes, place.lane_block, lane_blocks_};
-  }
   int at_once() const { return wide_ ? in_turns_ : 1; }  // panels whose results take turns
+
+  // Groups [g0, g1) of one tile of lanes, for panel i or those whose results take turns.
+  struct Step {
+    int64_t g0, g1;
+    int i;
+    int64_t rows;
+    LaneTile tile;
+    const S* weight;
+    T* panel;        // group after group, if they are kept for the boxes that follow
+    bool is_packed;  // by an earlier box
+    T* total;
+    S* to;
+    int64_t to_pixel, width;  // of a row of the result: the distance of its pixels, their number
+  };
 
   // The groups from g0 to g1 for all tiles of lanes, panel after panel.
   void multiply_groups(const Place& place, Workspace& w, int64_t g0, int64_t g1) const {
-    const LaneBlock<T, K::chains> block = block_of(place);
+    const LaneBlock<T, K::chains> block(call_.lanes, place.lane_block, lane_blocks_);
     const int64_t tiles = wide_ ? up(call_.lanes, Size::rows) : block.tiles;
+    const int64_t first_lane = wide_ ? 0 : block.first_vec * L;
     for (int i = 0; i < panels_; i += at_once()) {
       int64_t rows = 0;
       for (int64_t j = 0; j < parts_; ++j) rows += w.rows_of[i * parts_ + j];
       T* total = w.totals + (one_chunk_ ? 0 : i * totals_of_panel());
       for (int64_t j = 0; j < tiles && rows > 0; ++j) {
-        LaneTile tile;
-        if (wide_) {
-          tile.first = cut_at(call_.lanes, tiles, j);
-          tile.lanes = static_cast<int>(cut_at(call_.lanes, tiles, j + 1) - tile.first);
-          tile.vecs = 0;
-        } else {
-          tile = block.tile(j);
-        }
-        multiply_tile(place, w, i, rows, tile, g0, g1, total);
-        if (!one_chunk_) total += rows * (wide_ ? tile.lanes : tile.vecs) * L;
+        const LaneTile tile = wide_ ? tile_of_rows(tiles, j) : block.tile(j);
+        const int64_t channel = place.group * call_.lanes + tile.first;
+        set_bias(w.bias, channel, tile.lanes);
+        const Step step{.g0 = g0,
+                        .g1 = g1,
+                        .i = i,
+                        .rows = rows,
+                        .tile = tile,
+                        .weight = call_.weight + place.group * call_.group_stride +
+                                  tile.first * call_.lane_stride,
+                        .panel = w.panel + (keeps_panels_ ? terms_ * (tile.first - first_lane) : 0),
+                        .is_packed = w.packed_lanes == lanes_of(place),
+                        .total = total,
+                        .to = call_.target + channel * call_.target_stride[1],
+                        .to_pixel = grid_[i][2].step * call_.target_stride[4],
+                        .width = least(place.upper[3], grid_[i][2].count) - place.lower[3]};
+        multiply_tile(place, w, step);
+        if (!one_chunk_) total += rows * pitch_of(tile);
       }
     }
   }
-
-  // One tile of lanes for panel i, or those that are stored together; after the last group it is
-  // stored.
-  void multiply_tile(const Place& place, Workspace& w, int i, int64_t rows, const LaneTile& tile,
-                     int64_t g0, int64_t g1, T* total) const {
-    const int64_t channel = place.group * call_.lanes + tile.first;
-    for (int64_t l = 0; l < up(tile.lanes, L) * L; ++l) {
-      w.bias[l] = call_.bias && l < tile.lanes ? widened(call_.bias[channel + l]) : T(0);
-      if (!is_half_type<S>) w.bias[l] += T(0);  // +0 instead of -0
+  // Of a wide tile, whose rows are the lanes.
+  LaneTile tile_of_rows(int64_t tiles, int64_t j) const {
+    const int64_t first = cut_at(call_.lanes, tiles, j);
+    return {first, static_cast<int>(cut_at(call_.lanes, tiles, j + 1) - first), 0};
+  }
+  int64_t pitch_of(const LaneTile& tile) const {  // of a row's totals, or a vector's
+    return int64_t{wide_ ? tile.lanes : tile.vecs} * L;
+  }
+  void set_bias(T* bias, int64_t channel, int lanes) const {
+    for (int64_t l = 0; l < up(lanes, L) * L; ++l) {
+      bias[l] = call_.bias && l < lanes ? widened(call_.bias[channel + l]) : T(0);
+      if (!is_half_type<S>) bias[l] += T(0);  // +0 instead of -0
     }
-    const S* const weight =
-        call_.weight + place.group * call_.group_stride + tile.first * call_.lane_stride;
-    S* const to = call_.target + channel * call_.target_stride[1];
-    const int64_t first_lane = wide_ ? 0 : block_of(place).first_vec * L;
-    const Panels<T> panels{w.panel + (keeps_panels_ ? terms_ * (tile.first - first_lane) : 0),
-                           keeps_panels_, w.packed_lanes == lanes_of(place)};
-    const int64_t to_pixel = grid_[i][2].step * call_.target_stride[4];
-    const int64_t width = least(place.upper[3], grid_[i][2].count) - place.lower[3];
-    const int pixels = static_cast<int>(least(width, L));
+  }
+
+  // After the last group the tile is stored.
+  void multiply_tile(const Place& place, Workspace& w, const Step& s) const {
     if constexpr (!widens) {
       if (turned_) {
-        multiply_turned_rows(w, rows, tile, weight, total);
-      } else {
-        // Vectors that lie side by side in the result are stored out of the registers.
-        Finish<T> finish{to,     w.position + i * box_rows_,  call_.target_stride[1],
-                         w.bias, wide_ ? pixels : tile.lanes, &w.special};
-        const bool finishes =
-            in_turns_ == 1 && (wide_ ? to_pixel == 1 : call_.target_stride[1] == 1);
-        multiply_panels(w, i, tile, weight, g0, g1, panels, total, finishes ? &finish : nullptr);
-        if (finishes) return;
+        multiply_turned_rows(w, s);
+        return store(place, w, s);
       }
-    } else {
-      multiply_panels(w, i, tile, weight, g0, g1, panels, total, nullptr);
+      // Vectors that lie side by side in the result are stored out of the registers.
+      if (in_turns_ == 1 && (wide_ ? s.to_pixel == 1 : call_.target_stride[1] == 1)) {
+        const int elements = wide_ ? static_cast<int>(least(s.width, L)) : s.tile.lanes;
+        const Finish<T> finish{
+            s.to,      w.position + s.i * box_rows_, call_.target_stride[1], w.bias, elements,
+            &w.special};
+        return multiply_panel(w, s, s.i, &finish);
+      }
     }
-    if (g1 == groups_) store(place, w, i, rows, tile, total, to, to_pixel, width);
+    for (int k = s.i; k < s.i + at_once(); ++k) multiply_panel(w, s, k, nullptr);
+    if (s.g1 == groups_) store(place, w, s);
   }
 
-  void multiply_panels(const Workspace& w, int i, const LaneTile& tile, const S* weight, int64_t g0,
-                       int64_t g1, const Panels<T>& panels, T* total,
-                       const Finish<T>* finish) const {
+  // The groups of panel k on top of the totals of the earlier ones. `finish` takes the totals of a
+  // part's last group.
+  void multiply_panel(const Workspace& w, const Step& s, int k, const Finish<T>* finish) const {
+    const PanelTerms& all = panel_[k];
+    const int width = wide_ ? s.tile.lanes : s.tile.vecs * L;
+    for (int64_t g = s.g0; g < s.g1; ++g) {
+      if (all.start[g] == all.start[g + 1] && g > 0) continue;
+      T* const panel = s.panel + (keeps_panels_ ? all.start[g] * int64_t{width} : 0);
+      if (!s.is_packed) pack_group(s, all, g, width, panel);
+      const T* const* row = w.row + k * box_rows_;
+      const int64_t* const rows = w.rows_of + k * parts_;
+      T* total = s.total + (k - s.i) * totals_of_panel();
+      Finish<T> here = finish ? *finish : Finish<T>{};
+      for (int64_t i = 0; i < all.parts; ++i) {
+        const Part& part = all.part[i];
+        const Finish<T>* const closes = finish && g == part.last_group ? &here : nullptr;
+        if (rows[i] > 0 && (g == 0 || part.start[g] < part.start[g + 1]))
+          multiply_part(s.tile, part, g, row, rows[i], panel, total, closes);
+        here.position += rows[i];
+        row += rows[i];
+        total += rows[i] * pitch_of(s.tile);
+      }
+    }
+  }
+
+  // Meanwhile the next group is asked for.
+  void pack_group(const Step& s, const PanelTerms& all, int64_t g, int width, T* panel) const {
     // What lies side by side in the weight: the taps of a channel, or the channels of a tap.
     const int64_t step = call_.channel_stride == 1 ? most_taps_ : 1;
-    for (int k = i; k < i + at_once(); ++k)
-      multiply_lanes(call_, panel_[k], weight, tile, g0, g1, wide_, apart_, run_terms_, step,
-                     w.row + k * box_rows_, w.rows_of + k * parts_, panels,
-                     total + (k - i) * totals_of_panel(), finish);
+    const int32_t* const start = all.start + g;
+    pack_panel(panel, width, s.tile.lanes, s.weight, call_.lane_stride, all.lane + start[0],
+               start[1] - start[0], step, s.weight, all.lane + start[1],
+               g + 1 < s.g1 ? start[2] - start[1] : 0);
   }
 
-  void multiply_turned_rows(const Workspace& w, int64_t rows, const LaneTile& tile, const T* weight,
-                            T* total) const {
+  void multiply_part(const LaneTile& tile, const Part& part, int64_t g, const T* const* row,
+                     int64_t rows, const T* panel, T* total, const Finish<T>* finish) const {
+    const Term* const terms = part.term + part.start[g];
+    const int32_t* const length = part.length + g * K::chains;
+    if (wide_)
+      multiply_vectors<T, K::chains>(row, rows, terms, length, panel, tile.lanes, total, g > 0,
+                                     run_terms_, finish);
+    else
+      multiply_rows<T, K::chains>(row, rows, terms, length, panel, tile.vecs, total, g > 0, apart_,
+                                  finish);
+  }
+
+  void multiply_turned_rows(const Workspace& w, const Step& s) const {
+    const int lanes = s.tile.lanes;
     const T* filter[rows_turned];
-    for (int l = 0; l < tile.lanes; ++l) filter[l] = weight + l * call_.lane_stride;
-    each_wide_run<T, 1>(tile.lanes, rows, [&](Tiles<T>, int64_t v, int64_t run, int vecs) {
+    for (int l = 0; l < lanes; ++l) filter[l] = s.weight + l * call_.lane_stride;
+    each_wide_run<T, 1>(lanes, s.rows, [&](Tiles<T>, int64_t v, int64_t run, int vecs) {
       for (int64_t k = 0; k < run * vecs; ++k)
-        turned_of<T>(tile.lanes)(
+        turned_of<T>(lanes)(
             filter, call_.channel_stride, w.row[v + k] + panel_->part->term->in_place, row_step_[2],
             L * row_step_[2], groups_, call_.image_channels / groups_,
-            total + ((v + k / vecs * vecs) * tile.lanes + k % vecs) * L, vecs * L, false);
+            s.total + ((v + k / vecs * vecs) * lanes + k % vecs) * L, vecs * L, false);
     });
   }
 
@@ -697,38 +701,41 @@ class PixelProduct {
     return size;
   }
 
-  void store(const Place& place, Workspace& w, int i, int64_t rows, const LaneTile& tile,
-             const T* total, S* to, int64_t to_pixel, int64_t width) const {
+  void store(const Place& place, Workspace& w, const Step& s) const {
+    const LaneTile& tile = s.tile;
+    const T* total = s.total;
     const int64_t to_channel = call_.target_stride[1];
-    const int64_t* to_row = w.position + i * box_rows_;
-    const int pixels = static_cast<int>(least(width, L));
+    const int64_t* to_row = w.position + s.i * box_rows_;
+    const int pixels = static_cast<int>(least(s.width, L));
     if (in_turns_ > 1 && wide_) {
-      const int64_t last = place.lower[3] + most(width - L, 0);  // pixel of the last vector
-      const Interleaved order{up(width, L),
-                              least(in_turns_ * pixels, row_size(i) - last * in_turns_)};
+      const int64_t last = place.lower[3] + most(s.width - L, 0);  // pixel of the last vector
+      const Interleaved order{up(s.width, L),
+                              least(in_turns_ * pixels, row_size(s.i) - last * in_turns_)};
       const auto store = in_turns_ == 2 ? store_interleaved<2, T, K::chains, S>
                                         : store_interleaved<4, T, K::chains, S>;
-      w.special |=
-          store(total, totals_of_panel(), rows, tile.lanes, w.bias, to, to_row, to_channel, order);
+      w.special |= store(total, totals_of_panel(), s.rows, tile.lanes, w.bias, s.to, to_row,
+                         to_channel, order);
     } else if (in_turns_ > 1) {
-      const Interleaved order{width, least(2, row_size(i) - 2 * (place.lower[3] + width - 1))};
+      const Interleaved order{s.width,
+                              least(2, row_size(s.i) - 2 * (place.lower[3] + s.width - 1))};
       for (int64_t k = 0; k < parts_; k += 2) {
         const int64_t some = w.rows_of[k], apart = some * tile.vecs * L;
-        w.special |= store_pairs(total, apart, some, tile.vecs, tile.lanes, w.bias, to, to_row,
+        w.special |= store_pairs(total, apart, some, tile.vecs, tile.lanes, w.bias, s.to, to_row,
                                  to_channel, order);
         total += 2 * apart;
         to_row += 2 * some;
       }
     } else if (wide_) {
       for (int64_t k = 0; k < parts_; ++k) {
-        const int64_t some = w.rows_of[i * parts_ + k];
-        w.special |= store_vectors<T, K::chains>(total, some, tile.lanes, w.bias, to, to_row,
-                                                 to_channel, to_pixel, pixels);
+        const int64_t some = w.rows_of[s.i * parts_ + k];
+        w.special |= store_vectors<T, K::chains>(total, some, tile.lanes, w.bias, s.to, to_row,
+                                                 to_channel, s.to_pixel, pixels);
         total += some * tile.lanes * L;
         to_row += some;
       }
     } else {
-      w.special |= store_rows(total, rows, tile.vecs, tile.lanes, w.bias, to, to_row, to_channel);
+      w.special |=
+          store_rows(total, s.rows, tile.vecs, tile.lanes, w.bias, s.to, to_row, to_channel);
     }
   }
 
