@@ -13,28 +13,27 @@ bool store_vectors(const T* total, int64_t vectors, int lanes, const T* bias, S*
                    const int64_t* position, int64_t to_channel, int64_t to_pixel, int pixels) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
-  auto special = is_special(V::zero());
+  Results<V> results;
   each_wide_run<T, Chains>(lanes, vectors, [&](Tiles<T>, int64_t v, int64_t tiles, int vecs) {
     for (; tiles > 0; --tiles, v += vecs)
       for (int i = 0; i < lanes; ++i) {
         const V b = V::broadcast(bias[i]);
         for (int j = 0; j < vecs; ++j) {
-          const V sum = V::load(total + (v * lanes + i * vecs + j) * L) + b;
-          special = V::either(special, is_special(sum));
+          const V result = results.of(V::load(total + (v * lanes + i * vecs + j) * L) + b);
           S* const to = target + i * to_channel + position[v + j];
           if (to_pixel == 1 && pixels == L) {
-            canonical(sum).store(to);
+            result.store(to);
           } else if (to_pixel == 1) {
-            canonical(sum).store(to, pixels);
+            result.store(to, pixels);
           } else {
             S values[L];
-            canonical(sum).store(values);
+            result.store(values);
             for (int l = 0; l < pixels; ++l) to[l * to_pixel] = values[l];
           }
         }
       }
   });
-  return V::any(special);
+  return results.any_special();
 }
 
 // Rows of the result that the stride phases along w fill in turns.
@@ -51,7 +50,7 @@ bool store_interleaved(const T* total, int64_t apart, int64_t vectors, int lanes
                        const Interleaved& row) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
-  auto special = is_special(V::zero());
+  Results<V> results;
   each_wide_run<T, Chains>(lanes, vectors, [&](Tiles<T>, int64_t v, int64_t tiles, int vecs) {
     for (; tiles > 0; --tiles, v += vecs)
       for (int j = 0; j < vecs; ++j) {
@@ -62,9 +61,7 @@ bool store_interleaved(const T* total, int64_t apart, int64_t vectors, int lanes
           const V b = V::broadcast(bias[i]);
           V part[Phases], result[Phases];
           for (int k = 0; k < Phases; ++k) {
-            const V sum = V::load(from + k * apart) + b;
-            special = V::either(special, is_special(sum));
-            part[k] = canonical(sum);
+            part[k] = results.of(V::load(from + k * apart) + b);
           }
           if constexpr (Phases == 2) {
             V::merge(part[0], part[1], result[0], result[1]);
@@ -86,7 +83,7 @@ bool store_interleaved(const T* total, int64_t apart, int64_t vectors, int lanes
         }
       }
   });
-  return V::any(special);
+  return results.any_special();
 }
 
 // Stores the totals of multiply_rows like store_rows for two phases, phase after phase `apart` in
@@ -96,7 +93,7 @@ bool store_pairs(const T* total, int64_t apart, int64_t rows, int vecs, int lane
                  S* target, const int64_t* position, int64_t to_channel, const Interleaved& row) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
-  auto special = is_special(V::zero());
+  Results<V> results;
   for (int j = 0; j < lanes; j += L) {
     const V b = V::load(bias + j);
     const int some = static_cast<int>(least(lanes - j, L));
@@ -112,9 +109,7 @@ bool store_pairs(const T* total, int64_t apart, int64_t rows, int vecs, int lane
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i) {
           prefetch_to_write(ahead + i * to_channel + k * L);
-          const V sum = i < run ? V::load(from + i * vecs * L) + b : V::zero();
-          special = V::either(special, is_special(sum));
-          block[k][i] = canonical(sum);
+          block[k][i] = results.of(i < run ? V::load(from + i * vecs * L) + b : V::zero());
         }
         V::transpose(block[k]);
       }
@@ -132,7 +127,7 @@ bool store_pairs(const T* total, int64_t apart, int64_t rows, int vecs, int lane
       }
     }
   }
-  return V::any(special);
+  return results.any_special();
 }
 
 // One call as a product: its plan, which the threads share, and what a task does. A task is a box

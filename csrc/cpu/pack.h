@@ -173,6 +173,20 @@ TNC_INLINE auto is_special(V x) {
   return is_nan(fma(x, V::zero(), V::zero()));
 }
 
+// The results of sums; remembers whether an infinity or a NaN was among them.
+template <class V>
+class Results {
+ public:
+  TNC_INLINE V of(V sum) {
+    special_ = V::either(special_, is_special(sum));
+    return canonical(sum);
+  }
+  TNC_INLINE bool any_special() const { return V::any(special_); }
+
+ private:
+  typename V::Mask special_{};
+};
+
 // dst[position[r] + j * lane_stride] = canonical(total[r][j] + bias[j]), rounded to D, for j <
 // lanes; bias has whole vectors. With an `order`, totals of row r are total[order[r]]. Says whether
 // an infinity or a NaN was among them.
@@ -183,21 +197,20 @@ bool store_rows(const T* total, int64_t rows, int vecs, int lanes, const T* bias
   constexpr int L = V::lanes;
   const int64_t pitch = int64_t{vecs} * L;
   const auto total_of = [&](int64_t r) { return total + (order ? order[r] : r) * pitch; };
-  auto special = is_special(V::zero());
+  Results<V> results;
   if (lane_stride == 1) {
     constexpr int64_t ahead = 16;  // rows; a result line that is new to the caches is slow to come
     for (int64_t r = 0; r < rows; ++r) {
       prefetch_to_write(dst + position[least(r + ahead, rows - 1)]);
       for (int j = 0; j < lanes; j += L) {
-        const V sum = V::load(total_of(r) + j) + V::load(bias + j);
-        special = V::either(special, is_special(sum));
+        const V result = results.of(V::load(total_of(r) + j) + V::load(bias + j));
         if (j + L <= lanes)
-          canonical(sum).store(dst + position[r] + j);
+          result.store(dst + position[r] + j);
         else
-          canonical(sum).store(dst + position[r] + j, lanes - j);
+          result.store(dst + position[r] + j, lanes - j);
       }
     }
-    return V::any(special);
+    return results.any_special();
   }
   for (int j = 0; j < lanes; j += L) {
     const V b = V::load(bias + j);
@@ -215,15 +228,11 @@ bool store_rows(const T* total, int64_t rows, int vecs, int lanes, const T* bias
         if (run == L) {
 #pragma GCC unroll 16
           for (int i = 0; i < L; ++i) {
-            const V sum = V::load(total_of(first + i) + j) + b;
-            special = V::either(special, is_special(sum));
-            block[i] = canonical(sum);
+            block[i] = results.of(V::load(total_of(first + i) + j) + b);
           }
         } else {
           for (int i = 0; i < L; ++i) {
-            const V sum = i < run ? V::load(total_of(first + i) + j) + b : V::zero();
-            special = V::either(special, is_special(sum));
-            block[i] = canonical(sum);
+            block[i] = results.of(i < run ? V::load(total_of(first + i) + j) + b : V::zero());
           }
         }
         V::transpose(block);
@@ -245,9 +254,7 @@ bool store_rows(const T* total, int64_t rows, int vecs, int lanes, const T* bias
           for (int i = 0; i < L; ++i) {
             prefetch_to_write(ahead + i * lane_stride);
             prefetch_to_write(ahead + i * lane_stride + L);
-            const V sum = i < apart ? V::load(total_of(first + i) + j) + b : V::zero();
-            special = V::either(special, is_special(sum));
-            block[i] = canonical(sum);
+            block[i] = results.of(i < apart ? V::load(total_of(first + i) + j) + b : V::zero());
           }
           V::transpose(block);
 #pragma GCC unroll 16
@@ -257,14 +264,13 @@ bool store_rows(const T* total, int64_t rows, int vecs, int lanes, const T* bias
           continue;
         }
       }
-      const V sum = V::load(total_of(first) + j) + b;
-      special = V::either(special, is_special(sum));
+      const V result = results.of(V::load(total_of(first) + j) + b);
       D row[L];
-      canonical(sum).store(row);
+      result.store(row);
       for (int i = 0; i < some; ++i) to[i * lane_stride] = row[i];
     }
   }
-  return V::any(special);
+  return results.any_special();
 }
 
 }  // namespace torch_naiveconv::TNC_ISA
