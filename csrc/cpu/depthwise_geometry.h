@@ -85,6 +85,14 @@ struct MapRun {
   int32_t source, weight, length;
 };
 
+// Of so many taps in a row, how many are one run: those that the kernels add at a time.
+template <class V>
+constexpr int64_t taps_of_run(int64_t left) {
+  if (left < 3) return 1;
+  if (left <= 5 || (left == 7 && V::registers == 32)) return left;
+  return left <= 8 ? (left + 1) / 2 : 5;
+}
+
 // What the positions of one phase add up: runs of terms in chains, a chain (16-bit types: an even
 // and an odd one) for each group that has a term.
 struct TermLists {
@@ -133,9 +141,7 @@ void list_terms(const MapAxis* axis, const int64_t* phases, const PanelShape& pa
   // How many terms from this one on are one run: it ends with the row of taps and with the group.
   const auto run_length = [&](int64_t number, int64_t end) -> int64_t {
     const int64_t left = least(kernel[2] - number % kernel[2], end - number);
-    if (!lists.sliding || left < 3) return 1;
-    if (left <= 5 || (left == 7 && Vec<Total<T>>::registers == 32)) return left;
-    return left <= 8 ? (left + 1) / 2 : 5;
+    return lists.sliding ? taps_of_run<Vec<Total<T>>>(left) : 1;
   };
   for (int64_t qd = 0; qd < phases[0]; ++qd)
     for (int64_t qh = 0; qh < phases[1]; ++qh)
