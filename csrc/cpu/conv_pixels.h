@@ -7,20 +7,21 @@
 namespace torch_naiveconv::TNC_ISA {
 
 // Stores the totals of multiply_vectors like store_rows: `pixels` elements of each vector, pixel
-// after pixel to_pixel apart, lanes to_channel apart.
+// after pixel to_pixel apart.
 template <class T, int Chains, class S>
-bool store_vectors(const T* total, int64_t vectors, int lanes, const T* bias, S* target,
-                   const int64_t* position, int64_t to_channel, int64_t to_pixel, int pixels) {
+bool store_vectors(const T* total, int64_t vectors, const Target<S, T> target, int64_t to_pixel,
+                   int pixels) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
   Results<V> results;
+  const int lanes = target.lanes;
   each_wide_run<T, Chains>(lanes, vectors, [&](Tiles<T>, int64_t v, int64_t tiles, int vecs) {
     for (; tiles > 0; --tiles, v += vecs)
       for (int i = 0; i < lanes; ++i) {
-        const V b = V::broadcast(bias[i]);
+        const V b = V::broadcast(target.bias[i]);
         for (int j = 0; j < vecs; ++j) {
           const V result = results.of(V::load(total + (v * lanes + i * vecs + j) * L) + b);
-          S* const to = target + i * to_channel + position[v + j];
+          S* const to = target.data + i * target.to_lane + target.position[v + j];
           if (to_pixel == 1 && pixels == L) {
             result.store(to);
           } else if (to_pixel == 1) {
@@ -45,12 +46,12 @@ struct Interleaved {
 // Stores the totals of multiply_vectors for `Phases` phases, phase after phase `apart` in memory:
 // their pixels take turns in the result.
 template <int Phases, class T, int Chains, class S>
-bool store_interleaved(const T* total, int64_t apart, int64_t vectors, int lanes, const T* bias,
-                       S* target, const int64_t* position, int64_t to_channel,
+bool store_interleaved(const T* total, int64_t apart, int64_t vectors, const Target<S, T> target,
                        const Interleaved& row) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
   Results<V> results;
+  const int lanes = target.lanes;
   each_wide_run<T, Chains>(lanes, vectors, [&](Tiles<T>, int64_t v, int64_t tiles, int vecs) {
     for (; tiles > 0; --tiles, v += vecs)
       for (int j = 0; j < vecs; ++j) {
@@ -58,7 +59,7 @@ bool store_interleaved(const T* total, int64_t apart, int64_t vectors, int lanes
         const int64_t elements = is_last ? row.last_elements : Phases * L;
         for (int i = 0; i < lanes; ++i) {
           const T* const from = total + (v * lanes + i * vecs + j) * L;
-          const V b = V::broadcast(bias[i]);
+          const V b = V::broadcast(target.bias[i]);
           V part[Phases], result[Phases];
           for (int k = 0; k < Phases; ++k) {
             part[k] = results.of(V::load(from + k * apart) + b);
@@ -72,7 +73,7 @@ bool store_interleaved(const T* total, int64_t apart, int64_t vectors, int lanes
             V::merge(even[0], odd[0], result[0], result[1]);
             V::merge(even[1], odd[1], result[2], result[3]);
           }
-          S* const to = target + i * to_channel + position[v + j];
+          S* const to = target.data + i * target.to_lane + target.position[v + j];
           for (int k = 0; k < Phases; ++k) {
             const int64_t rest = elements - k * L;
             if (rest >= L)
@@ -89,26 +90,27 @@ bool store_interleaved(const T* total, int64_t apart, int64_t vectors, int lanes
 // Stores the totals of multiply_rows like store_rows for two phases, phase after phase `apart` in
 // memory: their pixels, row.per_row of them in a row, take turns in the result.
 template <class T, class S>
-bool store_pairs(const T* total, int64_t apart, int64_t rows, int vecs, int lanes, const T* bias,
-                 S* target, const int64_t* position, int64_t to_channel, const Interleaved& row) {
+bool store_pairs(const T* total, int64_t apart, int64_t rows, int vecs, const Target<S, T> target,
+                 const Interleaved& row) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
   Results<V> results;
-  for (int j = 0; j < lanes; j += L) {
-    const V b = V::load(bias + j);
-    const int some = static_cast<int>(least(lanes - j, L));
+  for (int j = 0; j < target.lanes; j += L) {
+    const V b = V::load(target.bias + j);
+    const int some = static_cast<int>(least(target.lanes - j, L));
     for (int64_t r = 0, run; r < rows; r += run) {
       const int64_t rest = row.per_row - r % row.per_row;  // of the row
       run = least(rest, L);
       const int64_t elements = rest <= L ? 2 * (run - 1) + row.last_elements : 2 * L;
-      S* const to = target + position[r] + j * to_channel;
-      const S* const ahead = target + position[least(r + L, rows - 1)] + j * to_channel;
+      S* const to = target.data + target.position[r] + j * target.to_lane;
+      const S* const ahead =
+          target.data + target.position[least(r + L, rows - 1)] + j * target.to_lane;
       V block[2][L];
       for (int k = 0; k < 2; ++k) {
         const T* const from = total + k * apart + r * vecs * L + j;
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i) {
-          prefetch_to_write(ahead + i * to_channel + k * L);
+          prefetch_to_write(ahead + i * target.to_lane + k * L);
           block[k][i] = results.of(i < run ? V::load(from + i * vecs * L) + b : V::zero());
         }
         V::transpose(block[k]);
@@ -117,12 +119,12 @@ bool store_pairs(const T* total, int64_t apart, int64_t rows, int vecs, int lane
         V result[2];
         V::merge(block[0][i], block[1][i], result[0], result[1]);
         if (elements == 2 * L) {
-          result[0].store(to + i * to_channel);
-          result[1].store(to + i * to_channel + L);
+          result[0].store(to + i * target.to_lane);
+          result[1].store(to + i * target.to_lane + L);
         } else {
-          result[0].store(to + i * to_channel, static_cast<int>(least(elements, L)));
+          result[0].store(to + i * target.to_lane, static_cast<int>(least(elements, L)));
           if (elements > L)
-            result[1].store(to + i * to_channel + L, static_cast<int>(elements - L));
+            result[1].store(to + i * target.to_lane + L, static_cast<int>(elements - L));
         }
       }
     }
@@ -699,8 +701,7 @@ class PixelProduct {
   void store(const Place& place, Workspace& w, const Step& s) const {
     const LaneTile& tile = s.tile;
     const T* total = s.total;
-    const int64_t to_channel = call_.target_stride[1];
-    const int64_t* to_row = w.position + s.i * box_rows_;
+    Target<S, T> to{s.to, w.position + s.i * box_rows_, call_.target_stride[1], w.bias, tile.lanes};
     const int pixels = static_cast<int>(least(s.width, L));
     if (in_turns_ > 1 && wide_) {
       const int64_t last = place.lower[3] + most(s.width - L, 0);  // pixel of the last vector
@@ -708,29 +709,25 @@ class PixelProduct {
                               least(in_turns_ * pixels, row_size(s.i) - last * in_turns_)};
       const auto store = in_turns_ == 2 ? store_interleaved<2, T, K::chains, S>
                                         : store_interleaved<4, T, K::chains, S>;
-      w.special |= store(total, totals_of_panel(), s.rows, tile.lanes, w.bias, s.to, to_row,
-                         to_channel, order);
+      w.special |= store(total, totals_of_panel(), s.rows, to, order);
     } else if (in_turns_ > 1) {
       const Interleaved order{s.width,
                               least(2, row_size(s.i) - 2 * (place.lower[3] + s.width - 1))};
       for (int64_t k = 0; k < parts_; k += 2) {
         const int64_t some = w.rows_of[k], apart = some * tile.vecs * L;
-        w.special |= store_pairs(total, apart, some, tile.vecs, tile.lanes, w.bias, s.to, to_row,
-                                 to_channel, order);
+        w.special |= store_pairs(total, apart, some, tile.vecs, to, order);
         total += 2 * apart;
-        to_row += 2 * some;
+        to.position += 2 * some;
       }
     } else if (wide_) {
       for (int64_t k = 0; k < parts_; ++k) {
         const int64_t some = w.rows_of[s.i * parts_ + k];
-        w.special |= store_vectors<T, K::chains>(total, some, tile.lanes, w.bias, s.to, to_row,
-                                                 to_channel, s.to_pixel, pixels);
+        w.special |= store_vectors<T, K::chains>(total, some, to, s.to_pixel, pixels);
         total += some * tile.lanes * L;
-        to_row += some;
+        to.position += some;
       }
     } else {
-      w.special |=
-          store_rows(total, s.rows, tile.vecs, tile.lanes, w.bias, s.to, to_row, to_channel);
+      w.special |= store_rows(total, s.rows, tile.vecs, to);
     }
   }
 
@@ -788,8 +785,8 @@ void store_bias(const Images<S>& call, const GridAxis (&grid)[3]) {
     zero_run(bias, channels);
     for (int64_t c = 0; c < channels && call.bias; ++c) bias[c] = widened(call.bias[c]);
     const int64_t start = 0;
-    store_rows(total, 1, static_cast<int>(up(channels, L)), static_cast<int>(channels), bias, value,
-               &start, 1);
+    store_rows(total, 1, static_cast<int>(up(channels, L)),
+               Target<S, T>{value, &start, 1, bias, static_cast<int>(channels)});
   }
   parallel_for(call.batch * planes, up(16384, width * channels), Kind<S>::mode,
                [&](int64_t begin, int64_t end) {

@@ -600,8 +600,9 @@ class WindowProduct {
       const LaneTile tile = b.lanes.tile(i);
       const int64_t base = (b.group * s_.group_out() + tile.first) * stride[0];
       const auto store = [&](auto* result) {
-        w.special |= store_rows(total, b.rows, tile.vecs, tile.lanes, w.no_bias, result + base,
-                                w.position, stride[0], w.order);
+        using D = std::remove_pointer_t<decltype(result)>;
+        const Target<D, T> to{result + base, w.position, stride[0], w.no_bias, tile.lanes};
+        w.special |= store_rows(total, b.rows, tile.vecs, to, w.order);
       };
       if (p_.keep_total)
         store(static_cast<T*>(p_.weight.data));

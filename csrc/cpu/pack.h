@@ -187,43 +187,62 @@ class Results {
   typename V::Mask special_{};
 };
 
-// dst[position[r] + j * lane_stride] = canonical(total[r][j] + bias[j]), rounded to D, for j <
-// lanes; bias has whole vectors. With an `order`, totals of row r are total[order[r]]. Says whether
-// an infinity or a NaN was among them.
+// Where totals are stored: row r, lane j at data[position[r] + j * to_lane].
 template <class D, class T>
-bool store_rows(const T* total, int64_t rows, int vecs, int lanes, const T* bias, D* dst,
-                const int64_t* position, int64_t lane_stride, const int32_t* order = nullptr) {
+struct Target {
+  D* data;
+  const int64_t* position;
+  int64_t to_lane;
+  const T* bias;  // of each lane, whole vectors
+  int lanes;
+};
+
+// store_rows for lanes that lie side by side.
+template <class D, class T, class TotalOf>
+bool store_lanes(int64_t rows, const Target<D, T> target, const TotalOf& total_of) {
+  using V = Vec<T>;
+  constexpr int L = V::lanes;
+  constexpr int64_t ahead = 16;  // rows; a result line that is new to the caches is slow to come
+  Results<V> results;
+  for (int64_t r = 0; r < rows; ++r) {
+    D* const to = target.data + target.position[r];
+    prefetch_to_write(target.data + target.position[least(r + ahead, rows - 1)]);
+    for (int j = 0; j < target.lanes; j += L) {
+      const V result = results.of(V::load(total_of(r) + j) + V::load(target.bias + j));
+      if (j + L <= target.lanes)
+        result.store(to + j);
+      else
+        result.store(to + j, target.lanes - j);
+    }
+  }
+  return results.any_special();
+}
+
+// Stores canonical(total[r][j] + bias[j]), rounded to D. With an `order`, totals of row r are
+// total[order[r]]. Says whether an infinity or a NaN was among them.
+template <class D, class T>
+bool store_rows(const T* total, int64_t rows, int vecs, const Target<D, T> target,
+                const int32_t* order = nullptr) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
   const int64_t pitch = int64_t{vecs} * L;
   const auto total_of = [&](int64_t r) { return total + (order ? order[r] : r) * pitch; };
+  if (target.to_lane == 1) return store_lanes(rows, target, total_of);
+  const int64_t* const position = target.position;
+  const int64_t to_lane = target.to_lane;
   Results<V> results;
-  if (lane_stride == 1) {
-    constexpr int64_t ahead = 16;  // rows; a result line that is new to the caches is slow to come
-    for (int64_t r = 0; r < rows; ++r) {
-      prefetch_to_write(dst + position[least(r + ahead, rows - 1)]);
-      for (int j = 0; j < lanes; j += L) {
-        const V result = results.of(V::load(total_of(r) + j) + V::load(bias + j));
-        if (j + L <= lanes)
-          result.store(dst + position[r] + j);
-        else
-          result.store(dst + position[r] + j, lanes - j);
-      }
-    }
-    return results.any_special();
-  }
-  for (int j = 0; j < lanes; j += L) {
-    const V b = V::load(bias + j);
-    const int some = lanes - j < L ? lanes - j : L;
+  for (int j = 0; j < target.lanes; j += L) {
+    const V b = V::load(target.bias + j);
+    const int some = target.lanes - j < L ? target.lanes - j : L;
     for (int64_t r = 0; r < rows;) {
       const int run = run_length<L>(position + r, least(rows - r, L));  // side by side in memory
       const int64_t first = r;
-      D* const to = dst + position[r] + j * lane_stride;
+      D* const to = target.data + position[r] + j * to_lane;
       r += run;
       if (run >= 2) {
-        const D* const ahead = dst + position[least(r + L, rows - 1)] + j * lane_stride;
+        const D* const ahead = target.data + position[least(r + L, rows - 1)] + j * to_lane;
 #pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) prefetch_to_write(ahead + i * lane_stride);
+        for (int i = 0; i < L; ++i) prefetch_to_write(ahead + i * to_lane);
         V block[L];
         if (run == L) {
 #pragma GCC unroll 16
@@ -238,28 +257,28 @@ bool store_rows(const T* total, int64_t rows, int vecs, int lanes, const T* bias
         V::transpose(block);
         if (run == L && some == L) {
 #pragma GCC unroll 16
-          for (int i = 0; i < L; ++i) block[i].store(to + i * lane_stride);
+          for (int i = 0; i < L; ++i) block[i].store(to + i * to_lane);
         } else {
 #pragma GCC unroll 16
           for (int i = 0; i < L; ++i)
-            if (i < some) block[i].store(to + i * lane_stride, run);
+            if (i < some) block[i].store(to + i * to_lane, run);
         }
         continue;
       }
       if constexpr (std::is_same_v<D, T> && V::stores_apart) {  // the phases of a stride of 2
         const int apart = run_length<L, 2>(position + first, least(rows - first, L));
         if (apart >= 2) {
-          const D* const ahead = dst + position[least(first + L, rows - 1)] + j * lane_stride;
+          const D* const ahead = target.data + position[least(first + L, rows - 1)] + j * to_lane;
           V block[L];
           for (int i = 0; i < L; ++i) {
-            prefetch_to_write(ahead + i * lane_stride);
-            prefetch_to_write(ahead + i * lane_stride + L);
+            prefetch_to_write(ahead + i * to_lane);
+            prefetch_to_write(ahead + i * to_lane + L);
             block[i] = results.of(i < apart ? V::load(total_of(first + i) + j) + b : V::zero());
           }
           V::transpose(block);
 #pragma GCC unroll 16
           for (int i = 0; i < L; ++i)
-            if (i < some) block[i].store_apart(to + i * lane_stride, apart);
+            if (i < some) block[i].store_apart(to + i * to_lane, apart);
           r = first + apart;
           continue;
         }
@@ -267,7 +286,7 @@ bool store_rows(const T* total, int64_t rows, int vecs, int lanes, const T* bias
       const V result = results.of(V::load(total_of(first) + j) + b);
       D row[L];
       result.store(row);
-      for (int i = 0; i < some; ++i) to[i * lane_stride] = row[i];
+      for (int i = 0; i < some; ++i) to[i * to_lane] = row[i];
     }
   }
   return results.any_special();
