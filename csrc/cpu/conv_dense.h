@@ -78,14 +78,14 @@ bool dense_forward(const ConvProblem& p) {
   const Images<S> call = images_of<S>(p);
   const GridAxis grid[3] = {forward_axis(s.axis[0]), forward_axis(s.axis[1]),
                             forward_axis(s.axis[2])};
-  // Padding times an infinity or a NaN is a NaN: it may be left out only of finite weights. A
-  // weight that is not finite shows, since each tap that is cut somewhere reads the image
-  // elsewhere.
   bool special = false;
   if constexpr (can_be_tiny<S>)
     if (multiply_tiny(call, grid, special)) return true;
   if constexpr (can_slide<S>)
     if (multiply_sliding(call, grid)) return true;
+  // Padding times an infinity or a NaN is a NaN: it may be left out only of finite weights. A
+  // weight that is not finite shows, since each tap that is cut somewhere reads the image
+  // elsewhere.
   if (!multiply_images(call, &grid, 1, true, special)) return false;
   return !special || weight_is_finite<S>(p) || multiply_images(call, &grid, 1, false, special);
 }
