@@ -8,6 +8,15 @@ namespace torch_naiveconv::TNC_ISA {
 
 TNC_INLINE int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 
+// What a group adds to a total.
+template <class V, int chains>
+TNC_INLINE V sum_of(const V (&chain)[chains]) {
+  if constexpr (chains == 2)
+    return chain[0] + chain[1];
+  else
+    return chain[0];
+}
+
 // A result that is stored as T: narrowing makes every NaN canonical anyway.
 template <class T, class V>
 TNC_INLINE V result_of(V sum) {
