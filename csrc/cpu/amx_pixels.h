@@ -28,24 +28,10 @@ void each_pixel(const GridAxis (&grid)[3], int64_t first, int64_t last, const Vi
   }
 }
 
-template <class Unit>
-void multiply_pixels(const Images<BFloat16>& call, const GridAxis (&grid)[3], bool& nan) {
+// The channels of all groups as columns, tile after tile.
+inline void pack_channels(const Images<BFloat16>& call, BFloat16* columns) {
   const int64_t terms = call.image_channels, groups = up(terms, depth);
-  const int64_t tiles = up(call.lanes, side), padded = tiles * side;
-  const int64_t pixels = call.batch * grid[0].count * grid[1].count * grid[2].count;
-
-  // Columns, and the bias of each.
-  const int64_t group_words = tiles * groups * tile_words;
-  Arena& arena = weight_arena();
-  arena.reset(Arena::bytes_for<BFloat16>(call.groups * group_words) +
-              Arena::bytes_for<float>(call.groups * padded));
-  BFloat16* const columns = arena.take<BFloat16>(call.groups * group_words);
-  float* const bias = arena.take<float>(call.groups * padded);
-  for (int64_t i = 0; i < call.groups * padded; ++i) {
-    const int64_t group = i / padded, lane = i % padded;
-    const bool has_bias = call.bias && lane < call.lanes;
-    bias[i] = has_bias ? widened(call.bias[group * call.lanes + lane]) : 0.0f;
-  }
+  const int64_t tiles = up(call.lanes, side);
   parallel_for(
       call.groups * tiles, up(1 << 16, groups * tile_words), FloatEnvironment::flush,
       [&](int64_t begin, int64_t end) {
@@ -67,15 +53,39 @@ void multiply_pixels(const Images<BFloat16>& call, const GridAxis (&grid)[3], bo
           }
         }
       });
+}
 
-  // Pixels of the whole image at one distance are read in place.
+// Are all pixels of the image at one distance, so that they can be read in place?
+inline bool lie_evenly(const Images<BFloat16>& call, const GridAxis (&grid)[3]) {
   int64_t dense = call.image_stride[4];
-  bool in_place = terms % depth == 0;
+  bool even = call.image_channels % depth == 0;
   for (int a = 2; a >= 0; dense *= grid[a--].count)
-    in_place = in_place && grid[a].image_step == 1 && grid[a].count == grid[a].image_size &&
-               (grid[a].count == 1 || call.image_stride[a + 2] == dense);
-  in_place = in_place && (call.batch == 1 || call.image_stride[0] == dense);
+    even = even && grid[a].image_step == 1 && grid[a].count == grid[a].image_size &&
+           (grid[a].count == 1 || call.image_stride[a + 2] == dense);
+  return even && (call.batch == 1 || call.image_stride[0] == dense);
+}
 
+template <class Unit>
+void multiply_pixel_rows(const Images<BFloat16>& call, const GridAxis (&grid)[3], bool& nan) {
+  const int64_t terms = call.image_channels, groups = up(terms, depth);
+  const int64_t tiles = up(call.lanes, side), padded = tiles * side;
+  const int64_t pixels = call.batch * grid[0].count * grid[1].count * grid[2].count;
+
+  // Columns, and the bias of each.
+  const int64_t group_words = tiles * groups * tile_words;
+  Arena& arena = weight_arena();
+  arena.reset(Arena::bytes_for<BFloat16>(call.groups * group_words) +
+              Arena::bytes_for<float>(call.groups * padded));
+  BFloat16* const columns = arena.take<BFloat16>(call.groups * group_words);
+  float* const bias = arena.take<float>(call.groups * padded);
+  for (int64_t i = 0; i < call.groups * padded; ++i) {
+    const int64_t group = i / padded, lane = i % padded;
+    const bool has_bias = call.bias && lane < call.lanes;
+    bias[i] = has_bias ? widened(call.bias[group * call.lanes + lane]) : 0.0f;
+  }
+  pack_channels(call, columns);
+
+  const bool in_place = lie_evenly(call, grid);
   const int64_t pairs = up(pixels, 2 * side);
   parallel_for(pairs, 4, FloatEnvironment::flush, [&](int64_t begin, int64_t end) {
     const int64_t pitch = (groups | 1) * depth;
@@ -189,7 +199,7 @@ bool multiply_grids(const Images<BFloat16>& call, const ConvShape& s, bool forwa
             if (grid[0].taps * grid[1].taps * grid[2].taps == 0) {
               if (group == 0 && row == 0) store_bias(call, grid);
             } else if (by_pixels) {
-              if (group == 0 && row == 0) multiply_pixels<Unit>(call, grid, nan);
+              if (group == 0 && row == 0) multiply_pixel_rows<Unit>(call, grid, nan);
             } else if (!multiply(grid, weights)) {
               return false;
             }

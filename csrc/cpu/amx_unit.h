@@ -11,15 +11,6 @@ constexpr int depth = 32;  // terms of a group
 constexpr int64_t tile_words = side * depth;
 constexpr int64_t tile_totals = side * side;
 
-// Calls visit(0), visit(1), ... with constants.
-template <int Count, int First = 0, class Visit>
-TNC_INLINE void unrolled(const Visit& visit) {
-  if constexpr (First < Count) {
-    visit(std::integral_constant<int, First>{});
-    unrolled<Count, First + 1>(visit);
-  }
-}
-
 // Rows of 32 consecutive terms, wherever they lie: distances in elements between rows, tiles of 16
 // rows, and groups.
 struct RowTiles {
@@ -43,7 +34,7 @@ void multiply_tiles(const RowTiles& rows, const ColumnTiles& columns, int64_t gr
   pack(0, 0);
   Unit::fence();
   const auto each_total = [&](const auto& visit) {
-    unrolled<Rows * Columns>(
+    with_constants<Rows * Columns>(
         [&](auto i) { visit(i, totals + (i / Columns * pitch + i % Columns) * tile_totals); });
   };
   each_total([&](auto i, const float* total) {
@@ -59,13 +50,13 @@ void multiply_tiles(const RowTiles& rows, const ColumnTiles& columns, int64_t gr
     place = place + 1 < columns.kept ? place + 1 : 0;
     if (g + 1 < groups) pack(g + 1, place);
     Unit::template load_rows<0>(a, row_bytes);
-    unrolled<Columns>([&](auto j) {
+    with_constants<Columns>([&](auto j) {
       Unit::template load_columns<j>(b + j * columns.tile);
       Unit::template multiply<j, 0, j>();
     });
     if constexpr (Rows == 2) {
       Unit::template load_rows<1>(a + rows.tile, row_bytes);
-      unrolled<Columns>([&](auto j) { Unit::template multiply<Columns + j, 1, j>(); });
+      with_constants<Columns>([&](auto j) { Unit::template multiply<Columns + j, 1, j>(); });
     }
     // A processor that has stored no tile for half a microsecond takes long to store the next one.
     if (g % 8 == 7) Unit::template store_total<0>(totals);

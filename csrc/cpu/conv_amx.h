@@ -57,34 +57,12 @@ bool run_matrix_unit(const ConvProblem& p, const MatrixLimits& limits) {
   }
 
   if (shows_sign_of_zero<BFloat16>(p)) return false;
-  const RawView& image = forward ? p.input : p.output;
-  const RawView& target = forward ? p.output : p.input;
-  const int64_t filter = p.weight.stride[0], channel = p.weight.stride[1];
-  const Images<BFloat16> call{static_cast<const BFloat16*>(image.data),
-                              image.stride,
-                              static_cast<BFloat16*>(target.data),
-                              target.stride,
-                              static_cast<const BFloat16*>(p.weight.data),
-                              p.weight.stride,
-                              forward ? filter : channel,
-                              forward ? channel : filter,
-                              filter * s.group_out(),
-                              static_cast<const BFloat16*>(p.bias),
-                              s.batch,
-                              s.groups,
-                              forward ? s.group_in() : s.group_out(),
-                              forward ? s.group_out() : s.group_in(),
-                              {s.axis[0].kernel, s.axis[1].kernel, s.axis[2].kernel}};
   bool nan = false;
-  if (!multiply_grids<Unit>(call, s, forward, limits, nan)) return false;
+  if (!multiply_grids<Unit>(images_of<BFloat16>(p), s, forward, limits, nan)) return false;
   // As in dense_grad_input: where a tap meets no output the weight was multiplied by +0, which is
   // the term that does not exist unless the weight is not finite. And where it belongs to another
   // stride phase, so was the gradient.
-  const int64_t size[5] = {s.out_channels, s.group_in(), s.axis[0].kernel, s.axis[1].kernel,
-                           s.axis[2].kernel};
-  const int64_t outputs[5] = {s.batch, s.out_channels, s.axis[0].out, s.axis[1].out, s.axis[2].out};
-  return forward || !nan ||
-         (all_finite<BFloat16>(p.weight, size) && all_finite<BFloat16>(p.output, outputs));
+  return forward || !nan || (weight_is_finite<BFloat16>(p) && gradient_is_finite<BFloat16>(p));
 }
 
 }  // namespace torch_naiveconv::TNC_ISA

@@ -2,9 +2,8 @@
 // are zero-padded copies of a box of an image.
 #pragma once
 
-#include "pack.h"
-
 #include "microkernel.h"
+#include "pack.h"
 
 namespace torch_naiveconv::TNC_ISA {
 
@@ -17,16 +16,14 @@ constexpr int64_t kept_bytes = 1 << 20;    // of the panels that a thread keeps
 constexpr int64_t sum_bytes = 4 << 20;     // of the sums that a task keeps of its groups
 constexpr int64_t phase_bytes = 1 << 20;   // of the samples whose stride phases take turns
 constexpr int64_t rows_of_task = 2048;     // pixels that share a packed panel, at most
-constexpr int64_t work_of_task = 50000;    // multiply-adds below which a thread is not worth waking
 
-// The type that products of S are kept in, how many chains a group has, and its length.
+// What a product of S is made with: the type of its totals, the chains of a group, its length.
 template <class S>
 struct Kind {
-  using T = std::conditional_t<is_half_type<S>, float, S>;
-  static constexpr int chains = is_half_type<S> ? 2 : 1;
-  static constexpr int64_t group = is_half_type<S> ? 32 : 128;
-  static constexpr FloatEnvironment::Mode mode =
-      is_half_type<S> ? FloatEnvironment::flush : FloatEnvironment::gradual;
+  using T = Total<S>;
+  static constexpr int chains = chains_of<S>;
+  static constexpr int64_t group = group_length<S>;
+  static constexpr FloatEnvironment::Mode mode = environment_of<S>;
 };
 
 // Shares tasks between the threads, if the multiply-adds of all are `work` enough: each makes
@@ -34,7 +31,7 @@ struct Kind {
 template <class K, class Make, class Run>
 bool run_tasks(int64_t tasks, int64_t work, const Make& make_workspace, const Run& run) {
   bool special = false;
-  parallel_for(tasks, most(1, work_of_task * tasks / most(work, 1)), K::mode,
+  parallel_for(tasks, most(1, worthwhile_products * tasks / most(work, 1)), K::mode,
                [&](int64_t begin, int64_t end) {
                  auto workspace = make_workspace();
                  for (int64_t task = begin; task < end; ++task) run(task, workspace);

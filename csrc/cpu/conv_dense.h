@@ -60,38 +60,34 @@ bool all_finite(const RawView& view, const int64_t (&size)[5]) {
 }
 
 template <class S>
+bool weight_is_finite(const ConvProblem& p) {
+  const ConvShape& s = p.shape;
+  return all_finite<S>(p.weight, {s.out_channels, s.group_in(), s.axis[0].kernel, s.axis[1].kernel,
+                                  s.axis[2].kernel});
+}
+template <class S>
+bool gradient_is_finite(const ConvProblem& p) {
+  const ConvShape& s = p.shape;
+  return all_finite<S>(p.output,
+                       {s.batch, s.out_channels, s.axis[0].out, s.axis[1].out, s.axis[2].out});
+}
+
+template <class S>
 bool dense_forward(const ConvProblem& p) {
   const ConvShape& s = p.shape;
-  const Images<S> call{static_cast<const S*>(p.input.data),
-                       p.input.stride,
-                       static_cast<S*>(p.output.data),
-                       p.output.stride,
-                       static_cast<const S*>(p.weight.data),
-                       p.weight.stride,
-                       p.weight.stride[0],
-                       p.weight.stride[1],
-                       p.weight.stride[0] * s.group_out(),
-                       static_cast<const S*>(p.bias),
-                       s.batch,
-                       s.groups,
-                       s.group_in(),
-                       s.group_out(),
-                       {s.axis[0].kernel, s.axis[1].kernel, s.axis[2].kernel}};
+  const Images<S> call = images_of<S>(p);
   const GridAxis grid[3] = {forward_axis(s.axis[0]), forward_axis(s.axis[1]),
                             forward_axis(s.axis[2])};
-  // Padding times an infinity or a NaN is a NaN: it may be left out only of finite weights. A
-  // weight that is not finite shows, since each tap that is cut somewhere reads the image
-  // elsewhere.
   bool special = false;
-  const int64_t size[5] = {s.out_channels, s.group_in(), s.axis[0].kernel, s.axis[1].kernel,
-                           s.axis[2].kernel};
   if constexpr (can_be_tiny<S>)
     if (multiply_tiny(call, grid, special)) return true;
   if constexpr (can_slide<S>)
     if (multiply_sliding(call, grid)) return true;
+  // Padding times an infinity or a NaN is a NaN: it may be left out only of finite weights. A
+  // weight that is not finite shows, since each tap that is cut somewhere reads the image
+  // elsewhere.
   if (!multiply_images(call, &grid, 1, true, special)) return false;
-  return !special || all_finite<S>(p.weight, size) ||
-         multiply_images(call, &grid, 1, false, special);
+  return !special || weight_is_finite<S>(p) || multiply_images(call, &grid, 1, false, special);
 }
 
 // use(grid) for each stride phase that has taps, until it returns false.
@@ -110,21 +106,7 @@ bool each_phase(const ConvShape& s, const Use& use) {
 template <class S>
 bool dense_grad_input(const ConvProblem& p) {
   const ConvShape& s = p.shape;
-  const Images<S> call{static_cast<const S*>(p.output.data),
-                       p.output.stride,
-                       static_cast<S*>(p.input.data),
-                       p.input.stride,
-                       static_cast<const S*>(p.weight.data),
-                       p.weight.stride,
-                       p.weight.stride[1],
-                       p.weight.stride[0],
-                       p.weight.stride[0] * s.group_out(),
-                       static_cast<const S*>(p.bias),
-                       s.batch,
-                       s.groups,
-                       s.group_out(),
-                       s.group_in(),
-                       {s.axis[0].kernel, s.axis[1].kernel, s.axis[2].kernel}};
+  const Images<S> call = images_of<S>(p);
   bool special = false;
   int64_t phases = 1;
   bool all_have_taps = true;
@@ -173,9 +155,7 @@ bool dense_grad_input(const ConvProblem& p) {
   }
   // Where a tap meets no output the loops may have multiplied the weight by +0: the term that does
   // not exist, unless the weight is not finite, and then a NaN came out.
-  const int64_t size[5] = {s.out_channels, s.group_in(), s.axis[0].kernel, s.axis[1].kernel,
-                           s.axis[2].kernel};
-  return !special || all_finite<S>(p.weight, size);
+  return !special || weight_is_finite<S>(p);
 }
 
 // One tap, no padding: then output and input play the same part in the weight gradient.
@@ -235,8 +215,7 @@ bool dense_grad_weight(const ConvProblem& p) {
   // gradient. One that is not finite shows, since each output reads the image with some tap.
   if (is_half_type<S> || s.group_in() < 16 || !can_skip_padding(s))
     return multiply_windows<S>(p, false, special);
-  const int64_t size[5] = {s.batch, s.out_channels, s.axis[0].out, s.axis[1].out, s.axis[2].out};
-  return (multiply_windows<S>(p, true, special) && (!special || all_finite<S>(p.output, size))) ||
+  return (multiply_windows<S>(p, true, special) && (!special || gradient_is_finite<S>(p))) ||
          multiply_windows<S>(p, false, special);
 }
 

@@ -27,15 +27,14 @@ TNC_INLINE Vec<Total<T>> fold_pixels(const Total<T>* pixel, int64_t count, Vec<T
         for (int c = 0; c < chains; ++c)
           chain[g][c] = chain[g][c] + V::load(pixel + (g * length + i + c) * V::lanes);
 #pragma GCC unroll 4
-    for (int g = 0; g < side_by_side; ++g)
-      total = total + (chains == 2 ? chain[g][0] + chain[g][chains - 1] : chain[g][0]);
+    for (int g = 0; g < side_by_side; ++g) total = total + sum_of(chain[g]);
     return total;
   }
   for (int64_t i = 0; i < count; ++i) {
     V& link = chain[0][i % chains];
     link = link + V::load(pixel + i * V::lanes);
     if ((i + 1) % length != 0 && i + 1 < count) continue;
-    total = total + (chains == 2 ? chain[0][0] + chain[0][chains - 1] : chain[0][0]);
+    total = total + sum_of(chain[0]);
     for (int c = 0; c < chains; ++c) chain[0][c] = V::zero();
   }
   return total;

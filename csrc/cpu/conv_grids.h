@@ -138,12 +138,34 @@ struct Images {
   const int64_t* target_stride;
   const S* weight;
   const int64_t* weight_stride;
-  int64_t lane_stride, channel_stride,
-      group_stride;  // in the weight: per lane, image channel, group
+  int64_t lane_stride, channel_stride, group_stride;  // of the weight; the channel is the image's
   const S* bias;
   int64_t batch, groups, image_channels, lanes;  // the last two within one group
   int64_t kernel[3];
 };
+// Forward, or grad_input, whose image is the gradient.
+template <class S>
+Images<S> images_of(const ConvProblem& p) {
+  const ConvShape& s = p.shape;
+  const bool forward = p.direction == Direction::forward;
+  const RawView &image = forward ? p.input : p.output, &target = forward ? p.output : p.input;
+  const int64_t* const weight = p.weight.stride;
+  return {.image = static_cast<const S*>(image.data),
+          .image_stride = image.stride,
+          .target = static_cast<S*>(target.data),
+          .target_stride = target.stride,
+          .weight = static_cast<const S*>(p.weight.data),
+          .weight_stride = weight,
+          .lane_stride = weight[forward ? 0 : 1],
+          .channel_stride = weight[forward ? 1 : 0],
+          .group_stride = weight[0] * s.group_out(),
+          .bias = static_cast<const S*>(p.bias),
+          .batch = s.batch,
+          .groups = s.groups,
+          .image_channels = forward ? s.group_in() : s.group_out(),
+          .lanes = forward ? s.group_out() : s.group_in(),
+          .kernel = {s.axis[0].kernel, s.axis[1].kernel, s.axis[2].kernel}};
+}
 
 // Few channels would leave most of a vector empty: then rather have vectors of pixels. So would an
 // odd vector of channels leave registers: fewer than 8 chains wait for themselves. And vectors of

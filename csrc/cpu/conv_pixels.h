@@ -6,85 +6,35 @@
 
 namespace torch_naiveconv::TNC_ISA {
 
-// Where panels of a tile of lanes are packed: each in its own place, if they are kept for the boxes
-// that follow.
-template <class T>
-struct Panels {
-  T* memory;
-  bool kept, packed;
-};
-
-// The product of one tile of lanes for all rows of a box, `rows[i]` of part i: the groups from g0
-// to g1 on top of the totals of the earlier ones. `finish` takes the totals of a part's last group.
-template <class S, class T>
-void multiply_lanes(const Images<S>& call, const PanelTerms& all, const S* weight, LaneTile tile,
-                    int64_t g0, int64_t g1, bool wide, bool apart, int64_t run_terms, int64_t step,
-                    const T* const* row, const int64_t* rows, const Panels<T>& panels, T* total,
-                    const Finish<T>* finish) {
-  using K = Kind<S>;
-  const int64_t pitch = (wide ? tile.lanes : tile.vecs) * Vec<T>::lanes;
-  for (int64_t g = g0; g < g1; ++g) {
-    const int32_t* const lane = all.lane + all.start[g];
-    const int64_t n = all.start[g + 1] - all.start[g];
-    if (n == 0 && g > 0) continue;
-    const int32_t* const start = all.start + g;
-    const int width = wide ? tile.lanes : tile.vecs * Vec<T>::lanes;
-    T* const panel = panels.memory + (panels.kept ? start[0] * int64_t{width} : 0);
-    if (!panels.packed)
-      pack_panel(panel, width, tile.lanes, weight, call.lane_stride, lane, n, step, weight,
-                 all.lane + start[1], g + 1 < g1 ? start[2] - start[1] : 0);
-    const T* const* from = row;
-    T* to = total;
-    Finish<T> here = finish ? *finish : Finish<T>{};
-    for (int64_t i = 0; i < all.parts; ++i) {
-      const Part& part = all.part[i];
-      const Term* const terms = part.term + part.start[g];
-      const int32_t* const length = part.length + g * K::chains;
-      const Finish<T>* const closes = finish && g == part.last_group ? &here : nullptr;
-      if (rows[i] == 0 || (g > 0 && part.start[g] == part.start[g + 1])) {
-      } else if (wide) {
-        multiply_vectors<T, K::chains>(from, rows[i], terms, length, panel, tile.lanes, to, g > 0,
-                                       run_terms, closes);
-      } else {
-        multiply_rows<T, K::chains>(from, rows[i], terms, length, panel, tile.vecs, to, g > 0,
-                                    apart, closes);
-      }
-      here.position += rows[i];
-      from += rows[i];
-      to += rows[i] * pitch;
-    }
-  }
-}
-
 // Stores the totals of multiply_vectors like store_rows: `pixels` elements of each vector, pixel
-// after pixel to_pixel apart, lanes to_channel apart.
+// after pixel to_pixel apart.
 template <class T, int Chains, class S>
-bool store_vectors(const T* total, int64_t vectors, int lanes, const T* bias, S* target,
-                   const int64_t* position, int64_t to_channel, int64_t to_pixel, int pixels) {
+bool store_vectors(const T* total, int64_t vectors, const Target<S, T> target, int64_t to_pixel,
+                   int pixels) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
-  auto special = is_special(V::zero());
+  Results<V> results;
+  const int lanes = target.lanes;
   each_wide_run<T, Chains>(lanes, vectors, [&](Tiles<T>, int64_t v, int64_t tiles, int vecs) {
     for (; tiles > 0; --tiles, v += vecs)
       for (int i = 0; i < lanes; ++i) {
-        const V b = V::broadcast(bias[i]);
+        const V b = V::broadcast(target.bias[i]);
         for (int j = 0; j < vecs; ++j) {
-          const V sum = V::load(total + (v * lanes + i * vecs + j) * L) + b;
-          special = V::either(special, is_special(sum));
-          S* const to = target + i * to_channel + position[v + j];
+          const V result = results.of(V::load(total + (v * lanes + i * vecs + j) * L) + b);
+          S* const to = target.data + i * target.to_lane + target.position[v + j];
           if (to_pixel == 1 && pixels == L) {
-            canonical(sum).store(to);
+            result.store(to);
           } else if (to_pixel == 1) {
-            canonical(sum).store(to, pixels);
+            result.store(to, pixels);
           } else {
             S values[L];
-            canonical(sum).store(values);
+            result.store(values);
             for (int l = 0; l < pixels; ++l) to[l * to_pixel] = values[l];
           }
         }
       }
   });
-  return V::any(special);
+  return results.any_special();
 }
 
 // Rows of the result that the stride phases along w fill in turns.
@@ -96,12 +46,12 @@ struct Interleaved {
 // Stores the totals of multiply_vectors for `Phases` phases, phase after phase `apart` in memory:
 // their pixels take turns in the result.
 template <int Phases, class T, int Chains, class S>
-bool store_interleaved(const T* total, int64_t apart, int64_t vectors, int lanes, const T* bias,
-                       S* target, const int64_t* position, int64_t to_channel,
+bool store_interleaved(const T* total, int64_t apart, int64_t vectors, const Target<S, T> target,
                        const Interleaved& row) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
-  auto special = is_special(V::zero());
+  Results<V> results;
+  const int lanes = target.lanes;
   each_wide_run<T, Chains>(lanes, vectors, [&](Tiles<T>, int64_t v, int64_t tiles, int vecs) {
     for (; tiles > 0; --tiles, v += vecs)
       for (int j = 0; j < vecs; ++j) {
@@ -109,12 +59,10 @@ bool store_interleaved(const T* total, int64_t apart, int64_t vectors, int lanes
         const int64_t elements = is_last ? row.last_elements : Phases * L;
         for (int i = 0; i < lanes; ++i) {
           const T* const from = total + (v * lanes + i * vecs + j) * L;
-          const V b = V::broadcast(bias[i]);
+          const V b = V::broadcast(target.bias[i]);
           V part[Phases], result[Phases];
           for (int k = 0; k < Phases; ++k) {
-            const V sum = V::load(from + k * apart) + b;
-            special = V::either(special, is_special(sum));
-            part[k] = canonical(sum);
+            part[k] = results.of(V::load(from + k * apart) + b);
           }
           if constexpr (Phases == 2) {
             V::merge(part[0], part[1], result[0], result[1]);
@@ -125,7 +73,7 @@ bool store_interleaved(const T* total, int64_t apart, int64_t vectors, int lanes
             V::merge(even[0], odd[0], result[0], result[1]);
             V::merge(even[1], odd[1], result[2], result[3]);
           }
-          S* const to = target + i * to_channel + position[v + j];
+          S* const to = target.data + i * target.to_lane + target.position[v + j];
           for (int k = 0; k < Phases; ++k) {
             const int64_t rest = elements - k * L;
             if (rest >= L)
@@ -136,35 +84,34 @@ bool store_interleaved(const T* total, int64_t apart, int64_t vectors, int lanes
         }
       }
   });
-  return V::any(special);
+  return results.any_special();
 }
 
 // Stores the totals of multiply_rows like store_rows for two phases, phase after phase `apart` in
 // memory: their pixels, row.per_row of them in a row, take turns in the result.
 template <class T, class S>
-bool store_pairs(const T* total, int64_t apart, int64_t rows, int vecs, int lanes, const T* bias,
-                 S* target, const int64_t* position, int64_t to_channel, const Interleaved& row) {
+bool store_pairs(const T* total, int64_t apart, int64_t rows, int vecs, const Target<S, T> target,
+                 const Interleaved& row) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
-  auto special = is_special(V::zero());
-  for (int j = 0; j < lanes; j += L) {
-    const V b = V::load(bias + j);
-    const int some = static_cast<int>(least(lanes - j, L));
+  Results<V> results;
+  for (int j = 0; j < target.lanes; j += L) {
+    const V b = V::load(target.bias + j);
+    const int some = static_cast<int>(least(target.lanes - j, L));
     for (int64_t r = 0, run; r < rows; r += run) {
       const int64_t rest = row.per_row - r % row.per_row;  // of the row
       run = least(rest, L);
       const int64_t elements = rest <= L ? 2 * (run - 1) + row.last_elements : 2 * L;
-      S* const to = target + position[r] + j * to_channel;
-      const S* const ahead = target + position[least(r + L, rows - 1)] + j * to_channel;
+      S* const to = target.data + target.position[r] + j * target.to_lane;
+      const S* const ahead =
+          target.data + target.position[least(r + L, rows - 1)] + j * target.to_lane;
       V block[2][L];
       for (int k = 0; k < 2; ++k) {
         const T* const from = total + k * apart + r * vecs * L + j;
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i) {
-          prefetch_to_write(ahead + i * to_channel + k * L);
-          const V sum = i < run ? V::load(from + i * vecs * L) + b : V::zero();
-          special = V::either(special, is_special(sum));
-          block[k][i] = canonical(sum);
+          prefetch_to_write(ahead + i * target.to_lane + k * L);
+          block[k][i] = results.of(i < run ? V::load(from + i * vecs * L) + b : V::zero());
         }
         V::transpose(block[k]);
       }
@@ -172,17 +119,17 @@ bool store_pairs(const T* total, int64_t apart, int64_t rows, int vecs, int lane
         V result[2];
         V::merge(block[0][i], block[1][i], result[0], result[1]);
         if (elements == 2 * L) {
-          result[0].store(to + i * to_channel);
-          result[1].store(to + i * to_channel + L);
+          result[0].store(to + i * target.to_lane);
+          result[1].store(to + i * target.to_lane + L);
         } else {
-          result[0].store(to + i * to_channel, static_cast<int>(least(elements, L)));
+          result[0].store(to + i * target.to_lane, static_cast<int>(least(elements, L)));
           if (elements > L)
-            result[1].store(to + i * to_channel + L, static_cast<int>(elements - L));
+            result[1].store(to + i * target.to_lane + L, static_cast<int>(elements - L));
         }
       }
     }
   }
-  return V::any(special);
+  return results.any_special();
 }
 
 // One call as a product: its plan, which the threads share, and what a task does. A task is a box
@@ -268,7 +215,7 @@ class PixelProduct {
     const int64_t threads = thread_count(), lane_vecs = up(call_.lanes, L);
     work_ = call_.batch * call_.groups * pixels * terms_ * call_.lanes;
     if (!wide_ && call_.batch * pixels * call_.groups < threads * rows_of_task / 2 &&
-        work_ > work_of_task)
+        work_ > worthwhile_products)
       lane_blocks_ = least(threads, up(lane_vecs, Size::vecs));
     const int64_t pixels_of_patch = patch_bytes / (int64_t{sizeof(T)} * channels_in_group());
     int64_t target = least(rows_of_task, most(rows_of_task / 2, pixels_of_patch));
@@ -603,91 +550,145 @@ class PixelProduct {
                  channels);
   }
 
-  LaneBlock<T, K::chains> block_of(const Place& place) const {
-    return {call_.lanes, place.lane_block, lane_blocks_};
-  }
   int at_once() const { return wide_ ? in_turns_ : 1; }  // panels whose results take turns
+
+  // Groups [g0, g1) of one tile of lanes, for panel i or those whose results take turns.
+  struct Step {
+    int64_t g0, g1;
+    int i;
+    int64_t rows;
+    LaneTile tile;
+    const S* weight;
+    T* panel;        // group after group, if they are kept for the boxes that follow
+    bool is_packed;  // by an earlier box
+    T* total;
+    S* to;
+    int64_t to_pixel, width;  // of a row of the result: the distance of its pixels, their number
+  };
 
   // The groups from g0 to g1 for all tiles of lanes, panel after panel.
   void multiply_groups(const Place& place, Workspace& w, int64_t g0, int64_t g1) const {
-    const LaneBlock<T, K::chains> block = block_of(place);
+    const LaneBlock<T, K::chains> block(call_.lanes, place.lane_block, lane_blocks_);
     const int64_t tiles = wide_ ? up(call_.lanes, Size::rows) : block.tiles;
+    const int64_t first_lane = wide_ ? 0 : block.first_vec * L;
     for (int i = 0; i < panels_; i += at_once()) {
       int64_t rows = 0;
       for (int64_t j = 0; j < parts_; ++j) rows += w.rows_of[i * parts_ + j];
       T* total = w.totals + (one_chunk_ ? 0 : i * totals_of_panel());
       for (int64_t j = 0; j < tiles && rows > 0; ++j) {
-        LaneTile tile;
-        if (wide_) {
-          tile.first = cut_at(call_.lanes, tiles, j);
-          tile.lanes = static_cast<int>(cut_at(call_.lanes, tiles, j + 1) - tile.first);
-          tile.vecs = 0;
-        } else {
-          tile = block.tile(j);
-        }
-        multiply_tile(place, w, i, rows, tile, g0, g1, total);
-        if (!one_chunk_) total += rows * (wide_ ? tile.lanes : tile.vecs) * L;
+        const LaneTile tile = wide_ ? tile_of_rows(tiles, j) : block.tile(j);
+        const int64_t channel = place.group * call_.lanes + tile.first;
+        set_bias(w.bias, channel, tile.lanes);
+        const Step step{.g0 = g0,
+                        .g1 = g1,
+                        .i = i,
+                        .rows = rows,
+                        .tile = tile,
+                        .weight = call_.weight + place.group * call_.group_stride +
+                                  tile.first * call_.lane_stride,
+                        .panel = w.panel + (keeps_panels_ ? terms_ * (tile.first - first_lane) : 0),
+                        .is_packed = w.packed_lanes == lanes_of(place),
+                        .total = total,
+                        .to = call_.target + channel * call_.target_stride[1],
+                        .to_pixel = grid_[i][2].step * call_.target_stride[4],
+                        .width = least(place.upper[3], grid_[i][2].count) - place.lower[3]};
+        multiply_tile(place, w, step);
+        if (!one_chunk_) total += rows * pitch_of(tile);
       }
     }
   }
-
-  // One tile of lanes for panel i, or those that are stored together; after the last group it is
-  // stored.
-  void multiply_tile(const Place& place, Workspace& w, int i, int64_t rows, const LaneTile& tile,
-                     int64_t g0, int64_t g1, T* total) const {
-    const int64_t channel = place.group * call_.lanes + tile.first;
-    for (int64_t l = 0; l < up(tile.lanes, L) * L; ++l) {
-      w.bias[l] = call_.bias && l < tile.lanes ? widened(call_.bias[channel + l]) : T(0);
-      if (!is_half_type<S>) w.bias[l] += T(0);  // +0 instead of -0
+  // Of a wide tile, whose rows are the lanes.
+  LaneTile tile_of_rows(int64_t tiles, int64_t j) const {
+    const int64_t first = cut_at(call_.lanes, tiles, j);
+    return {first, static_cast<int>(cut_at(call_.lanes, tiles, j + 1) - first), 0};
+  }
+  int64_t pitch_of(const LaneTile& tile) const {  // of a row's totals, or a vector's
+    return int64_t{wide_ ? tile.lanes : tile.vecs} * L;
+  }
+  void set_bias(T* bias, int64_t channel, int lanes) const {
+    for (int64_t l = 0; l < up(lanes, L) * L; ++l) {
+      bias[l] = call_.bias && l < lanes ? widened(call_.bias[channel + l]) : T(0);
+      if (!is_half_type<S>) bias[l] += T(0);  // +0 instead of -0
     }
-    const S* const weight =
-        call_.weight + place.group * call_.group_stride + tile.first * call_.lane_stride;
-    S* const to = call_.target + channel * call_.target_stride[1];
-    const int64_t first_lane = wide_ ? 0 : block_of(place).first_vec * L;
-    const Panels<T> panels{w.panel + (keeps_panels_ ? terms_ * (tile.first - first_lane) : 0),
-                           keeps_panels_, w.packed_lanes == lanes_of(place)};
-    const int64_t to_pixel = grid_[i][2].step * call_.target_stride[4];
-    const int64_t width = least(place.upper[3], grid_[i][2].count) - place.lower[3];
-    const int pixels = static_cast<int>(least(width, L));
+  }
+
+  // After the last group the tile is stored.
+  void multiply_tile(const Place& place, Workspace& w, const Step& s) const {
     if constexpr (!widens) {
       if (turned_) {
-        multiply_turned_rows(w, rows, tile, weight, total);
-      } else {
-        // Vectors that lie side by side in the result are stored out of the registers.
-        Finish<T> finish{to,     w.position + i * box_rows_,  call_.target_stride[1],
-                         w.bias, wide_ ? pixels : tile.lanes, &w.special};
-        const bool finishes =
-            in_turns_ == 1 && (wide_ ? to_pixel == 1 : call_.target_stride[1] == 1);
-        multiply_panels(w, i, tile, weight, g0, g1, panels, total, finishes ? &finish : nullptr);
-        if (finishes) return;
+        multiply_turned_rows(w, s);
+        return store(place, w, s);
       }
-    } else {
-      multiply_panels(w, i, tile, weight, g0, g1, panels, total, nullptr);
+      // Vectors that lie side by side in the result are stored out of the registers.
+      if (in_turns_ == 1 && (wide_ ? s.to_pixel == 1 : call_.target_stride[1] == 1)) {
+        const int elements = wide_ ? static_cast<int>(least(s.width, L)) : s.tile.lanes;
+        const Finish<T> finish{
+            s.to,      w.position + s.i * box_rows_, call_.target_stride[1], w.bias, elements,
+            &w.special};
+        return multiply_panel(w, s, s.i, &finish);
+      }
     }
-    if (g1 == groups_) store(place, w, i, rows, tile, total, to, to_pixel, width);
+    for (int k = s.i; k < s.i + at_once(); ++k) multiply_panel(w, s, k, nullptr);
+    if (s.g1 == groups_) store(place, w, s);
   }
 
-  void multiply_panels(const Workspace& w, int i, const LaneTile& tile, const S* weight, int64_t g0,
-                       int64_t g1, const Panels<T>& panels, T* total,
-                       const Finish<T>* finish) const {
+  // The groups of panel k on top of the totals of the earlier ones. `finish` takes the totals of a
+  // part's last group.
+  void multiply_panel(const Workspace& w, const Step& s, int k, const Finish<T>* finish) const {
+    const PanelTerms& all = panel_[k];
+    const int width = wide_ ? s.tile.lanes : s.tile.vecs * L;
+    for (int64_t g = s.g0; g < s.g1; ++g) {
+      if (all.start[g] == all.start[g + 1] && g > 0) continue;
+      T* const panel = s.panel + (keeps_panels_ ? all.start[g] * int64_t{width} : 0);
+      if (!s.is_packed) pack_group(s, all, g, width, panel);
+      const T* const* row = w.row + k * box_rows_;
+      const int64_t* const rows = w.rows_of + k * parts_;
+      T* total = s.total + (k - s.i) * totals_of_panel();
+      Finish<T> here = finish ? *finish : Finish<T>{};
+      for (int64_t i = 0; i < all.parts; ++i) {
+        const Part& part = all.part[i];
+        const Finish<T>* const closes = finish && g == part.last_group ? &here : nullptr;
+        if (rows[i] > 0 && (g == 0 || part.start[g] < part.start[g + 1]))
+          multiply_part(s.tile, part, g, row, rows[i], panel, total, closes);
+        here.position += rows[i];
+        row += rows[i];
+        total += rows[i] * pitch_of(s.tile);
+      }
+    }
+  }
+
+  // Meanwhile the next group is asked for.
+  void pack_group(const Step& s, const PanelTerms& all, int64_t g, int width, T* panel) const {
     // What lies side by side in the weight: the taps of a channel, or the channels of a tap.
     const int64_t step = call_.channel_stride == 1 ? most_taps_ : 1;
-    for (int k = i; k < i + at_once(); ++k)
-      multiply_lanes(call_, panel_[k], weight, tile, g0, g1, wide_, apart_, run_terms_, step,
-                     w.row + k * box_rows_, w.rows_of + k * parts_, panels,
-                     total + (k - i) * totals_of_panel(), finish);
+    const int32_t* const start = all.start + g;
+    pack_panel(panel, width, s.tile.lanes, s.weight, call_.lane_stride, all.lane + start[0],
+               start[1] - start[0], step, s.weight, all.lane + start[1],
+               g + 1 < s.g1 ? start[2] - start[1] : 0);
   }
 
-  void multiply_turned_rows(const Workspace& w, int64_t rows, const LaneTile& tile, const T* weight,
-                            T* total) const {
+  void multiply_part(const LaneTile& tile, const Part& part, int64_t g, const T* const* row,
+                     int64_t rows, const T* panel, T* total, const Finish<T>* finish) const {
+    const Term* const terms = part.term + part.start[g];
+    const int32_t* const length = part.length + g * K::chains;
+    if (wide_)
+      multiply_vectors<T, K::chains>(row, rows, terms, length, panel, tile.lanes, total, g > 0,
+                                     run_terms_, finish);
+    else
+      multiply_rows<T, K::chains>(row, rows, terms, length, panel, tile.vecs, total, g > 0, apart_,
+                                  finish);
+  }
+
+  void multiply_turned_rows(const Workspace& w, const Step& s) const {
+    const int lanes = s.tile.lanes;
     const T* filter[rows_turned];
-    for (int l = 0; l < tile.lanes; ++l) filter[l] = weight + l * call_.lane_stride;
-    each_wide_run<T, 1>(tile.lanes, rows, [&](Tiles<T>, int64_t v, int64_t run, int vecs) {
+    for (int l = 0; l < lanes; ++l) filter[l] = s.weight + l * call_.lane_stride;
+    each_wide_run<T, 1>(lanes, s.rows, [&](Tiles<T>, int64_t v, int64_t run, int vecs) {
       for (int64_t k = 0; k < run * vecs; ++k)
-        turned_of<T>(tile.lanes)(
+        turned_of<T>(lanes)(
             filter, call_.channel_stride, w.row[v + k] + panel_->part->term->in_place, row_step_[2],
             L * row_step_[2], groups_, call_.image_channels / groups_,
-            total + ((v + k / vecs * vecs) * tile.lanes + k % vecs) * L, vecs * L, false);
+            s.total + ((v + k / vecs * vecs) * lanes + k % vecs) * L, vecs * L, false);
     });
   }
 
@@ -697,38 +698,36 @@ class PixelProduct {
     return size;
   }
 
-  void store(const Place& place, Workspace& w, int i, int64_t rows, const LaneTile& tile,
-             const T* total, S* to, int64_t to_pixel, int64_t width) const {
-    const int64_t to_channel = call_.target_stride[1];
-    const int64_t* to_row = w.position + i * box_rows_;
-    const int pixels = static_cast<int>(least(width, L));
+  void store(const Place& place, Workspace& w, const Step& s) const {
+    const LaneTile& tile = s.tile;
+    const T* total = s.total;
+    Target<S, T> to{s.to, w.position + s.i * box_rows_, call_.target_stride[1], w.bias, tile.lanes};
+    const int pixels = static_cast<int>(least(s.width, L));
     if (in_turns_ > 1 && wide_) {
-      const int64_t last = place.lower[3] + most(width - L, 0);  // pixel of the last vector
-      const Interleaved order{up(width, L),
-                              least(in_turns_ * pixels, row_size(i) - last * in_turns_)};
+      const int64_t last = place.lower[3] + most(s.width - L, 0);  // pixel of the last vector
+      const Interleaved order{up(s.width, L),
+                              least(in_turns_ * pixels, row_size(s.i) - last * in_turns_)};
       const auto store = in_turns_ == 2 ? store_interleaved<2, T, K::chains, S>
                                         : store_interleaved<4, T, K::chains, S>;
-      w.special |=
-          store(total, totals_of_panel(), rows, tile.lanes, w.bias, to, to_row, to_channel, order);
+      w.special |= store(total, totals_of_panel(), s.rows, to, order);
     } else if (in_turns_ > 1) {
-      const Interleaved order{width, least(2, row_size(i) - 2 * (place.lower[3] + width - 1))};
+      const Interleaved order{s.width,
+                              least(2, row_size(s.i) - 2 * (place.lower[3] + s.width - 1))};
       for (int64_t k = 0; k < parts_; k += 2) {
         const int64_t some = w.rows_of[k], apart = some * tile.vecs * L;
-        w.special |= store_pairs(total, apart, some, tile.vecs, tile.lanes, w.bias, to, to_row,
-                                 to_channel, order);
+        w.special |= store_pairs(total, apart, some, tile.vecs, to, order);
         total += 2 * apart;
-        to_row += 2 * some;
+        to.position += 2 * some;
       }
     } else if (wide_) {
       for (int64_t k = 0; k < parts_; ++k) {
-        const int64_t some = w.rows_of[i * parts_ + k];
-        w.special |= store_vectors<T, K::chains>(total, some, tile.lanes, w.bias, to, to_row,
-                                                 to_channel, to_pixel, pixels);
+        const int64_t some = w.rows_of[s.i * parts_ + k];
+        w.special |= store_vectors<T, K::chains>(total, some, to, s.to_pixel, pixels);
         total += some * tile.lanes * L;
-        to_row += some;
+        to.position += some;
       }
     } else {
-      w.special |= store_rows(total, rows, tile.vecs, tile.lanes, w.bias, to, to_row, to_channel);
+      w.special |= store_rows(total, s.rows, tile.vecs, to);
     }
   }
 
@@ -786,8 +785,8 @@ void store_bias(const Images<S>& call, const GridAxis (&grid)[3]) {
     zero_run(bias, channels);
     for (int64_t c = 0; c < channels && call.bias; ++c) bias[c] = widened(call.bias[c]);
     const int64_t start = 0;
-    store_rows(total, 1, static_cast<int>(up(channels, L)), static_cast<int>(channels), bias, value,
-               &start, 1);
+    store_rows(total, 1, static_cast<int>(up(channels, L)),
+               Target<S, T>{value, &start, 1, bias, static_cast<int>(channels)});
   }
   parallel_for(call.batch * planes, up(16384, width * channels), Kind<S>::mode,
                [&](int64_t begin, int64_t end) {

@@ -9,7 +9,6 @@
 #pragma once
 
 #include "conv_grids.h"
-#include "depthwise_tiles.h"
 
 namespace torch_naiveconv::TNC_ISA {
 
@@ -265,23 +264,22 @@ class SlidingProduct {
   }
 
   void store(const Place& place, Workspace& w) const {
-    auto special = is_special(V::zero());
+    Results<V> results;
     for (int64_t l = 0; l < call_.lanes; ++l) {
       const V bias = V::broadcast(call_.bias ? call_.bias[place.group * call_.lanes + l] : T(0));
       for (int64_t y = 0; y < place.rows; ++y) {
         const T* const total = w.total + (l * rows_ + y) * columns_;
         T* const to = place.target + l * call_.target_stride[1] + y * call_.target_stride[3];
         for (int64_t x = 0; x < width_; x += L) {
-          const V sum = V::load(total + x) + bias;
-          special = V::either(special, is_special(sum));
+          const V result = results.of(V::load(total + x) + bias);
           if (x + L <= width_)
-            canonical(sum).store(to + x);
+            result.store(to + x);
           else
-            canonical(sum).store(to + x, static_cast<int>(width_ - x));
+            result.store(to + x, static_cast<int>(width_ - x));
         }
       }
     }
-    w.special = w.special || V::any(special);
+    w.special |= results.any_special();
   }
 
   const Images<T>& call_;

@@ -112,7 +112,7 @@ bool multiply_tiny(const Images<T>& call, const GridAxis (&grid)[3], bool& speci
                     static_cast<int>(least(grid[2].count - w, L))};
 
   FloatEnvironment environment(Kind<T>::mode);
-  auto found = is_special(V::zero());
+  Results<V> results;
   for (int64_t n = 0; n < call.batch; ++n)
     for (int64_t g = 0; g < call.groups; ++g) {
       const T* image =
@@ -137,16 +137,15 @@ bool multiply_tiny(const Images<T>& call, const GridAxis (&grid)[3], bool& speci
             const int64_t channel = g * call.lanes + least(lane + l, call.lanes - 1);
             const V bias = V::broadcast(call.bias ? call.bias[channel] : T(0));
             for (int k = 0; k < tiny_rows; ++k) {
-              const V sum = total[l][k] + bias;
-              found = V::either(found, is_special(sum));
-              canonical(sum).store(call.target + n * call.target_stride[0] +
-                                       channel * call.target_stride[1] + row_of[k].in_target,
-                                   row_of[k].pixels);
+              results.of(total[l][k] + bias)
+                  .store(call.target + n * call.target_stride[0] + channel * call.target_stride[1] +
+                             row_of[k].in_target,
+                         row_of[k].pixels);
             }
           }
         }
     }
-  special = special || V::any(found);
+  special |= results.any_special();
   return true;
 }
 

@@ -194,7 +194,7 @@ class WindowProduct {
     }
     lane_blocks_ = up(lane_vecs_ * L, 256);
     // Rows can be shared, tile by tile, where a thread packs nothing for that, or little.
-    const int64_t tasks = work_ > work_of_task ? threads : 1;
+    const int64_t tasks = work_ > worthwhile_products ? threads : 1;
     const bool few_channels = s_.group_in() < 4 * threads;
     const bool shares_rows =
         skip_padding_ || (panels_in_place_ && few_channels && s_.group_in() * taps_ >= 8 * threads);
@@ -234,7 +234,7 @@ class WindowProduct {
     sample_groups_ = up(pixels_, K::group);
     sum_size_ = rows * lane_vecs_ * L;
     const int64_t sum = sum_size_ * int64_t{sizeof(T)};
-    if (work_ > work_of_task && s_.groups == 1 && K::chains == 1 && lists_ == 1 &&
+    if (work_ > worthwhile_products && s_.groups == 1 && K::chains == 1 && lists_ == 1 &&
         p_.total == nullptr && lane_blocks_ == 1 && patch_channels == s_.group_in() &&
         s_.group_in() < 4 * threads && rows > rows_turned && sum <= total_bytes &&
         up(s_.batch, threads) * sample_groups_ * sum <= sum_bytes)
@@ -600,8 +600,9 @@ class WindowProduct {
       const LaneTile tile = b.lanes.tile(i);
       const int64_t base = (b.group * s_.group_out() + tile.first) * stride[0];
       const auto store = [&](auto* result) {
-        w.special |= store_rows(total, b.rows, tile.vecs, tile.lanes, w.no_bias, result + base,
-                                w.position, stride[0], w.order);
+        using D = std::remove_pointer_t<decltype(result)>;
+        const Target<D, T> to{result + base, w.position, stride[0], w.no_bias, tile.lanes};
+        w.special |= store_rows(total, b.rows, tile.vecs, to, w.order);
       };
       if (p_.keep_total)
         store(static_cast<T*>(p_.weight.data));

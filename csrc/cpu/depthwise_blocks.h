@@ -37,25 +37,21 @@ TNC_INLINE void map_tile(const TermLists& lists, int32_t chain, int32_t last,
     for (const MapRun* r = lists.runs + (c ? lists.chain_end[c - 1] : 0); r < end; ++r) {
       const Total<T>* const from = source + r->source;
       const Total<T>* const w = weights + r->weight;
-      if constexpr (chains_of<T> == 1) {
-        if (r->length == 3) {
-          add_run<V, pixels, 3>(acc, from, step, w);
-          continue;
-        }
-        if (r->length == 4) {
-          add_run<V, pixels, 4>(acc, from, step, w);
-          continue;
-        }
-        if (r->length == 5) {
-          add_run<V, pixels, 5>(acc, from, step, w);
-          continue;
-        }
-        if (V::registers == 32 && r->length == 7) {
-          add_run<V, pixels, 7>(acc, from, step, w);
-          continue;
-        }
-      }
-      add_run<V, pixels, 1>(acc, from, step, w);
+      const auto add = [&](auto length) __attribute__((always_inline)) {
+        add_run<V, pixels, length.value>(acc, from, step, w);
+      };
+      if constexpr (chains_of<T> == 2)
+        add(std::integral_constant<int, 1>{});
+      else if (r->length == 3)
+        add(std::integral_constant<int, 3>{});
+      else if (r->length == 4)
+        add(std::integral_constant<int, 4>{});
+      else if (r->length == 5)
+        add(std::integral_constant<int, 5>{});
+      else if (V::registers == 32 && r->length == 7)
+        add(std::integral_constant<int, 7>{});
+      else
+        add(std::integral_constant<int, 1>{});
     }
   };
   V total[pixels];
@@ -98,24 +94,33 @@ TNC_INLINE void in_tiles(int64_t count, const Tile& tile) {
   }
 }
 
-// A row of `count` positions of several blocks, which follow each other in `out`.
+// A row of `count` positions of a phase, in several blocks of channels.
+template <class T>
+struct BlockRow {
+  int64_t count, phase, blocks;
+  int last_lanes;  // of the last block
+  const Total<T>*weights, *bias, *source;
+  int64_t weights_pitch, source_pitch;  // from block to block
+  int64_t source_step;                  // from position to position
+};
+
+// The blocks follow each other in `out`.
 template <class T, class Out>
-void map_row(int64_t count, const TermLists& lists, int64_t phase, const PanelShape& panel,
-             int64_t blocks, int last_lanes, const Total<T>* weights, int64_t weights_pitch,
-             const Total<T>* bias, const Total<T>* source, int64_t source_step, Out* out,
-             int64_t out_step, int64_t out_pitch) {
+void map_row(const TermLists& lists, const BlockRow<T>& row, Out* out, int64_t out_step) {
   using V = Vec<Total<T>>;
-  const int32_t begin = lists.phase_begin[phase], end = lists.phase_begin[phase + 1];
+  const int32_t begin = lists.phase_begin[row.phase], end = lists.phase_begin[row.phase + 1];
+  const Total<T>* source = row.source;
+  int64_t source_step = row.source_step;
   if (lists.backwards) {
-    source += (count - 1) * source_step, source_step = -source_step;
-    out += (count - 1) * out_step, out_step = -out_step;
+    source += (row.count - 1) * source_step, source_step = -source_step;
+    out += (row.count - 1) * out_step, out_step = -out_step;
   }
-  in_tiles(count, [&](auto pixels) __attribute__((always_inline)) {
-    for (int64_t b = 0; b < blocks; ++b)
-      map_tile<T, pixels.value>(lists, begin, end, weights + b * weights_pitch,
-                                V::load(bias + b * V::lanes), source + b * panel.block_pitch(),
-                                source_step, out + b * out_pitch, out_step,
-                                b + 1 == blocks ? last_lanes : V::lanes);
+  in_tiles(row.count, [&](auto pixels) __attribute__((always_inline)) {
+    for (int64_t b = 0; b < row.blocks; ++b)
+      map_tile<T, pixels.value>(lists, begin, end, row.weights + b * row.weights_pitch,
+                                V::load(row.bias + b * V::lanes), source + b * row.source_pitch,
+                                source_step, out + b * V::lanes, out_step,
+                                b + 1 == row.blocks ? row.last_lanes : V::lanes);
     source += pixels.value * source_step;
     out += pixels.value * out_step;
   });
@@ -190,10 +195,17 @@ bool map_blocks(const ConvProblem& p) {
           for (int64_t i = 0; i < least(period, chunk.size[2]); ++i) {
             const int64_t w = chunk.begin[2] + i;
             const auto run = [&](auto* out, int64_t out_step, int last_lanes) {
-              map_row<T>((chunk.size[2] - i + period - 1) / period, lists, row_phase + w % period,
-                         panel, count, last_lanes, weights + first * numbers * L, numbers * L,
-                         bias + first * L, row + axis[2].base(w) * L, axis[2].step * L,
-                         out + i * out_step, period * out_step, L);
+              const BlockRow<T> positions{.count = (chunk.size[2] - i + period - 1) / period,
+                                          .phase = row_phase + w % period,
+                                          .blocks = count,
+                                          .last_lanes = last_lanes,
+                                          .weights = weights + first * numbers * L,
+                                          .bias = bias + first * L,
+                                          .source = row + axis[2].base(w) * L,
+                                          .weights_pitch = numbers * L,
+                                          .source_pitch = panel.block_pitch(),
+                                          .source_step = axis[2].step * L};
+              map_row(lists, positions, out + i * out_step, period * out_step);
             };
             if (direct)
               run(to + first * L, written.stride[4], written_lanes.last_count);

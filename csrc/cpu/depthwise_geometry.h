@@ -8,17 +8,14 @@ namespace torch_naiveconv::TNC_ISA {
 
 TNC_INLINE int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 
-template <class T>
-constexpr int chains_of = is_half_type<T> ? 2 : 1;
-template <class T>
-constexpr FloatEnvironment::Mode environment_of =
-    is_half_type<T> ? FloatEnvironment::flush : FloatEnvironment::gradual;
-
-// Are neighbouring vectors joined faster than a vector that crosses lines is loaded?
-template <class V, class = void>
-constexpr bool joins_windows = false;
-template <class V>
-constexpr bool joins_windows<V, decltype(void(V::template window<1>(V{}, V{})))> = true;
+// What a group adds to a total.
+template <class V, int chains>
+TNC_INLINE V sum_of(const V (&chain)[chains]) {
+  if constexpr (chains == 2)
+    return chain[0] + chain[1];
+  else
+    return chain[0];
+}
 
 // A result that is stored as T: narrowing makes every NaN canonical anyway.
 template <class T, class V>
@@ -29,10 +26,9 @@ TNC_INLINE V result_of(V sum) {
     return canonical(sum);
 }
 
-constexpr int64_t panel_bytes = 256 << 10;      // a panel's share of the L2 cache
-constexpr int64_t panel_limit = 2 << 20;        // what a thread may take at most
-constexpr int64_t widest_map_chunk = 128;       // pixels of a row, so that several rows fit
-constexpr int64_t worthwhile_products = 50000;  // multiply-adds for which a thread is woken
+constexpr int64_t panel_bytes = 256 << 10;  // a panel's share of the L2 cache
+constexpr int64_t panel_limit = 2 << 20;    // what a thread may take at most
+constexpr int64_t widest_map_chunk = 128;   // pixels of a row, so that several rows fit
 
 // Written position x reads, with tap k, source position (x * step + sign * (k * dilation - pad)) /
 // period, if that division is exact. Forward: period 1. grad_input: step 1, sign -1.
@@ -98,6 +94,14 @@ struct MapRun {
   int32_t source, weight, length;
 };
 
+// Of so many taps in a row, how many are one run: those that the kernels add at a time.
+template <class V>
+constexpr int64_t taps_of_run(int64_t left) {
+  if (left < 3) return 1;
+  if (left <= 5 || (left == 7 && V::registers == 32)) return left;
+  return left <= 8 ? (left + 1) / 2 : 5;
+}
+
 // What the positions of one phase add up: runs of terms in chains, a chain (16-bit types: an even
 // and an odd one) for each group that has a term.
 struct TermLists {
@@ -146,9 +150,7 @@ void list_terms(const MapAxis* axis, const int64_t* phases, const PanelShape& pa
   // How many terms from this one on are one run: it ends with the row of taps and with the group.
   const auto run_length = [&](int64_t number, int64_t end) -> int64_t {
     const int64_t left = least(kernel[2] - number % kernel[2], end - number);
-    if (!lists.sliding || left < 3) return 1;
-    if (left <= 5 || (left == 7 && Vec<Total<T>>::registers == 32)) return left;
-    return left <= 8 ? (left + 1) / 2 : 5;
+    return lists.sliding ? taps_of_run<Vec<Total<T>>>(left) : 1;
   };
   for (int64_t qd = 0; qd < phases[0]; ++qd)
     for (int64_t qh = 0; qh < phases[1]; ++qh)

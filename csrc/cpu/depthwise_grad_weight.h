@@ -113,15 +113,6 @@ struct TapSums {
   int64_t row_pitch, chain_pitch;
 };
 
-// total += chain (16-bit types: even + odd)
-template <class V, int chains>
-TNC_INLINE V total_with(V total, const V (&chain)[chains]) {
-  if constexpr (chains == 2)
-    return total + (chain[0] + chain[1]);
-  else
-    return total + chain[0];
-}
-
 // The products of some rows of pixels with the rows of taps from `first` on: `rows` rows of `taps`
 // taps, of which the first reads `shift` columns, or `offset` elements, further on.
 template <int chains, int stride, int rows, int taps, class S>
@@ -180,7 +171,7 @@ void tap_tile(PixelRows<S>& pixels, int64_t first, int64_t offset, int64_t shift
       V chain[chains];
 #pragma GCC unroll 2
       for (int q = 0; q < chains; ++q) chain[q] = acc[q][r][k];
-      total_with(V::load(sums.total + at), chain).store(sums.total + at);
+      (V::load(sums.total + at) + sum_of(chain)).store(sums.total + at);
     });
     return;
   }
@@ -427,7 +418,7 @@ bool grad_weight_in_place(const ConvProblem& p) {
                       sum[q].store(at);
                     }
                     E* const at = total + i * L;
-                    if (pixels.ends) total_with(V::load(at), sum).store(at);
+                    if (pixels.ends) (V::load(at) + sum_of(sum)).store(at);
                   }
                 }
                 r += run;

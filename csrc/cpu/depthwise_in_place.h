@@ -238,6 +238,42 @@ void in_place_rows(const InPlacePlan<T>& plan, int64_t begin, int64_t end) {
   }
 }
 
+// Plans the runs of a row of taps, and of one in which a group of terms ends. Returns the stride
+// that the columns of a tile have, 0 to decline.
+template <class T>
+int plan_runs(InPlacePlan<T>& plan, const Axis& along, bool transposed) {
+  using E = Total<T>;
+  const int kernel = static_cast<int>(along.kernel);
+  const bool phases = transposed && along.stride == 2;
+  // Taps slide if neighbouring ones lie in neighbouring columns of the tile.
+  const bool every = transposed || (along.stride == 2 && along.dilation == 1);
+  const int stride = every ? static_cast<int>(along.stride) : 1;
+  plan.spacing = every ? 1 : along.stride;
+  const bool sliding = along.dilation == plan.spacing;
+  // A run ends with its group of terms.
+  const int cut = plan.numbers > group_length<T> ? group_length<T> % kernel : 0;
+  if (phases && cut != 0 && kernel != 7) return 0;
+  int runs = 0;
+  const int ends[] = {kernel, cut};
+  for (const int end : ends) {
+    for (int k = 0; k < kernel;) {
+      const int left = (k < end ? end : kernel) - k;
+      const int length = sliding ? static_cast<int>(taps_of_run<Vec<E>>(left)) : 1;
+      TapRun& run = plan.run[runs++];
+      run = {k, length, k * along.dilation - along.pad, 0, 0, 0};
+      if (phases)
+        run.column = -k / stride - (length - 1) / stride;
+      else if (transposed)
+        run.column = along.pad - (k + length - 1) * along.dilation;
+      k += length;
+    }
+    plan.runs[end == kernel ? 0 : 1] = runs;
+    if (cut == 0) break;
+  }
+  if (cut == 0) plan.runs[1] = runs;
+  return stride;
+}
+
 template <class T>
 bool map_in_place(const ConvProblem& p) {
   using E = Total<T>;
@@ -265,35 +301,8 @@ bool map_in_place(const ConvProblem& p) {
       (!phases || along.dilation > 1 || kernel < 3 || kernel == 6 || kernel > 7))
     return false;
 
-  // Taps slide if neighbouring ones lie in neighbouring columns of the tile.
-  const bool every = transposed || (along.stride == 2 && along.dilation == 1);
-  const int stride = every ? static_cast<int>(along.stride) : 1;
-  plan.spacing = every ? 1 : along.stride;
-  const bool sliding = along.dilation == plan.spacing;
-  // A run ends with its group of terms.
-  const int cut = plan.numbers > group_length<T> ? group_length<T> % kernel : 0;
-  if (phases && cut != 0 && kernel != 7) return false;
-  int runs = 0;
-  const int ends[] = {kernel, cut};
-  for (const int end : ends) {
-    for (int k = 0; k < kernel;) {
-      const int left = (k < end ? end : kernel) - k;
-      int length = left <= 5 || (left == 7 && Vec<E>::registers == 32) ? left
-                   : left <= 8                                         ? (left + 1) / 2
-                                                                       : 5;
-      if (!sliding || length < 3) length = 1;
-      TapRun& run = plan.run[runs++];
-      run = {k, length, k * along.dilation - along.pad, 0, 0, 0};
-      if (phases)
-        run.column = -k / stride - (length - 1) / stride;
-      else if (transposed)
-        run.column = along.pad - (k + length - 1) * along.dilation;
-      k += length;
-    }
-    plan.runs[end == kernel ? 0 : 1] = runs;
-    if (cut == 0) break;
-  }
-  if (cut == 0) plan.runs[1] = runs;
+  const int stride = plan_runs(plan, along, transposed);
+  if (stride == 0) return false;
   for (int64_t j = 0; grouped && j < plan.planes; ++j)
     for (int64_t l = 0; l < L; ++l)
       plan.lane[j][l] = static_cast<int32_t>(l / plan.planes * plan.planes + j);

@@ -89,6 +89,29 @@ TNC_INLINE void merge_run(const T* from, int64_t pitch, int64_t parts, int64_t n
   for (; done < n; ++done) to[done] = from[done % parts * pitch + done / parts];
 }
 
+// What suits the kernel best, of `numbers` terms.
+template <class T>
+PlaneWay way_of(const ConvShape& s, const MapAxis (&axis)[3], const Chunks& chunks, int64_t numbers,
+                bool transposed) {
+  const int64_t kernel = axis[1].kernel, stride = s.axis[2].stride;
+  bool square = kernel == axis[2].kernel && (kernel == 3 || kernel == 5 || kernel == 7);
+  for (int a = 0; a < 3; ++a)
+    square = square && s.axis[a].stride == (a > 0 ? stride : 1) && s.axis[a].dilation == 1;
+  if (axis[2].period == 2 && chunks.count[2] == 1 && axis[2].written % 2 == 0) {
+    const bool doubled = square && kernel < 7 && numbers == kernel * kernel &&
+                         chunks.count[1] == 1 && axis[1].pad % 2 == axis[2].pad % 2;
+    return doubled ? PlaneWay::doubled : PlaneWay::pairs;
+  }
+  if (square && stride == 1 && numbers == kernel * kernel) return PlaneWay::roll;
+  if (square && stride <= (transposed ? 1 : 2) && kernel < 7 && numbers <= group_length<T>)
+    return PlaneWay::slide;
+  // One phase is not enough: of a stride longer than the image it need not meet all taps.
+  const bool all_meet = axis[0].period == 1 && axis[1].period == 1 && axis[2].period == 1;
+  const bool neighbours = joins_windows<Vec<Total<T>>> && all_meet && axis[2].step == 1 &&
+                          axis[2].dilation == 1 && axis[2].kernel > 4;
+  return neighbours ? PlaneWay::sweep : PlaneWay::list;
+}
+
 template <class T>
 bool map_planes(const ConvProblem& p) {
   using E = Total<T>;
@@ -142,26 +165,8 @@ bool map_planes(const ConvProblem& p) {
                                        axis[1].shift(0, kh) * panel.row_pitch() +
                                        (step_w == 1 ? nearest : 0));
   }
-  bool square = kernel == axis[2].kernel && (kernel == 3 || kernel == 5 || kernel == 7);
-  for (int a = 0; a < 3; ++a)
-    square = square && s.axis[a].stride == (a > 0 ? stride : 1) && s.axis[a].dilation == 1;
-  const bool plain = square && stride <= (transposed ? 1 : 2);
-  const bool pairs = period_w == 2 && chunks.count[2] == 1 && axis[2].written % 2 == 0;
-  // One phase is not enough: of a stride longer than the image it need not meet all taps.
-  const bool all_meet = axis[0].period == 1 && period_h == 1 && period_w == 1;
-  const bool neighbours = joins_windows<Vec<E>> && all_meet && step_w == 1 &&
-                          axis[2].dilation == 1 && axis[2].kernel > 4;
-  PlaneWay way = neighbours ? PlaneWay::sweep : PlaneWay::list;
-  if (pairs && square && kernel < 7 && numbers == kernel * kernel && chunks.count[1] == 1 &&
-      axis[1].pad % 2 == axis[2].pad % 2)
-    way = PlaneWay::doubled;
-  else if (pairs)
-    way = PlaneWay::pairs;
-  else if (plain && stride == 1 && numbers == kernel * kernel)
-    way = PlaneWay::roll;
-  else if (plain && kernel < 7 && numbers <= group_length<T>)
-    way = PlaneWay::slide;
-  const bool doubled = way == PlaneWay::doubled;
+  const PlaneWay way = way_of<T>(s, axis, chunks, numbers, transposed);
+  const bool doubled = way == PlaneWay::doubled, pairs = doubled || way == PlaneWay::pairs;
   const bool upwards = transposed && (way == PlaneWay::slide ||
                                       way == PlaneWay::roll);  // the order in which taps read rows
 

@@ -56,9 +56,7 @@ void strided_plane(const ConvProblem& p, const T* source, const Total<T>* weight
     });
 #pragma GCC unroll 4
     for (int c = 0; c < vecs; ++c) {
-      V group = acc[c][0];
-      if constexpr (chains == 2) group = group + acc[c][1];
-      const V result = result_of<T>((V::zero() + group) + V::broadcast(bias));
+      const V result = result_of<T>((V::zero() + sum_of(acc[c])) + V::broadcast(bias));
       T* const to = out + y * p.output.stride[3] + c * L;
       if (c + 1 < vecs)
         result.store(to);

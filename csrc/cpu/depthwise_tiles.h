@@ -91,6 +91,15 @@ TNC_INLINE void store_plane_tile(const Vec<Total<T>> (&total)[rows][vecs],
       store_plane_vector<T, vecs>(result_of<T>(total[i][c] + bias), tile, out, c);
 }
 
+// what(row, vector) for all of a tile.
+template <int rows, int vecs, class What>
+TNC_INLINE void each_vector(const What& what) {
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+    for (int c = 0; c < vecs; ++c) what(i, c);
+}
+
 // Any list of terms, one by one: of one phase, or of both of a stride of 2 along w, whose results
 // alternate in a row.
 template <class T, int phases, int rows, int vecs>
@@ -98,14 +107,9 @@ void list_tile(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
   using E = Total<T>;
   using V = Vec<E>;
   V total[phases][rows][vecs];
-  const auto each = [](const auto& what) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 8
-      for (int c = 0; c < vecs; ++c) what(i, c);
-  };
   const auto run = [&](V(&acc)[rows][vecs], int32_t chain) __attribute__((always_inline)) {
-    each([&](int i, int c) __attribute__((always_inline)) { acc[i][c] = V::zero(); });
+    each_vector<rows, vecs>([&](int i, int c)
+                                __attribute__((always_inline)) { acc[i][c] = V::zero(); });
     const MapRun* const end = phase.lists.runs + phase.lists.chain_end[chain];
     for (const MapRun* r = phase.lists.runs + (chain ? phase.lists.chain_end[chain - 1] : 0);
          r < end; ++r) {
@@ -120,17 +124,20 @@ void list_tile(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
   };
   const auto sum = [&](V(&sum)[rows][vecs], int32_t chain,
                        int32_t last) __attribute__((always_inline)) {
-    each([&](int i, int c) __attribute__((always_inline)) { sum[i][c] = V::zero(); });
+    each_vector<rows, vecs>([&](int i, int c)
+                                __attribute__((always_inline)) { sum[i][c] = V::zero(); });
     for (; chain < last; chain += chains_of<T>) {
       V acc[rows][vecs];
       run(acc, chain);
       if constexpr (chains_of<T> == 2) {
         V odd[rows][vecs];
         run(odd, chain + 1);
-        each([&](int i, int c)
-                 __attribute__((always_inline)) { acc[i][c] = acc[i][c] + odd[i][c]; });
+        each_vector<rows, vecs>([&](int i, int c) __attribute__((always_inline)) {
+          acc[i][c] = acc[i][c] + odd[i][c];
+        });
       }
-      each([&](int i, int c) __attribute__((always_inline)) { sum[i][c] = sum[i][c] + acc[i][c]; });
+      each_vector<rows, vecs>(
+          [&](int i, int c) __attribute__((always_inline)) { sum[i][c] = sum[i][c] + acc[i][c]; });
     }
   };
   sum(total[0], phase.chain, phase.last_chain);
@@ -139,20 +146,12 @@ void list_tile(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
   } else {
     sum(total[1], phase.odd_chain, phase.odd_last_chain);
     const V bias = V::broadcast(phase.bias);
-    each([&](int i, int c) __attribute__((always_inline)) {
+    each_vector<rows, vecs>([&](int i, int c) __attribute__((always_inline)) {
       store_plane_pairs<T, vecs>(result_of<T>(total[0][i][c] + bias),
                                  result_of<T>(total[1][i][c] + bias), tile,
                                  tile.out + i * tile.out_step, c);
     });
   }
-}
-
-// what(k) with the constants k < n.
-template <int n, class What>
-TNC_INLINE void with_constants(const What& what) {
-  [&]<int... k>(std::integer_sequence<int, k...>) __attribute__((always_inline)) {
-    (what(std::integral_constant<int, k>{}), ...);
-  }(std::make_integer_sequence<int, n>{});
 }
 
 // A row of the panel as a row of `kernel` taps reads it, for `vecs` vectors of pixels. `step`: from
@@ -183,13 +182,6 @@ struct PlaneRow {
   }
 };
 
-template <int vecs, class V, class T>
-TNC_INLINE void prefetch_row(const T* row) {
-#pragma GCC unroll 8
-  for (int line = 0; line < vecs * V::lanes * int{sizeof(T)}; line += 64)
-    prefetch(row + line / sizeof(T));
-}
-
 // A square kernel of dilation 1 and one group of terms, of several source planes or of stride 2: a
 // vector is loaded once for all the rows of the tile that read it. Each row still meets its taps in
 // order.
@@ -199,13 +191,7 @@ void slide_tile(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
   using V = Vec<E>;
   constexpr int chains = chains_of<T>, row_step = step < 0 ? 1 : step;
   V acc[rows][vecs][chains];
-  const auto each = [](const auto& what) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 8
-      for (int c = 0; c < vecs; ++c) what(i, c);
-  };
-  each([&](int i, int c) __attribute__((always_inline)) {
+  each_vector<rows, vecs>([&](int i, int c) __attribute__((always_inline)) {
     for (int q = 0; q < chains; ++q) acc[i][c][q] = V::zero();
   });
   const E* w = phase.weights;
@@ -235,14 +221,13 @@ void slide_tile(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
     }
     ahead += tile.ahead_plane;
     if constexpr (chains == 2)  // the next plane's first term has an odd number, or again an even
-      each([&](int i, int c)
-               __attribute__((always_inline)) { std::swap(acc[i][c][0], acc[i][c][1]); });
+      each_vector<rows, vecs>([&](int i, int c) __attribute__((always_inline)) {
+        std::swap(acc[i][c][0], acc[i][c][1]);
+      });
   }
   V total[rows][vecs];
-  each([&](int i, int c) __attribute__((always_inline)) {
-    total[i][c] = acc[i][c][0];
-    if constexpr (chains == 2) total[i][c] = total[i][c] + acc[i][c][1];
-    total[i][c] = V::zero() + total[i][c];
+  each_vector<rows, vecs>([&](int i, int c) __attribute__((always_inline)) {
+    total[i][c] = V::zero() + sum_of(acc[i][c]);
   });
   store_plane_tile<T, rows, vecs>(total, phase, tile);
 }
@@ -267,8 +252,7 @@ void roll_strip(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
       for (int q = 0; q < chains; ++q) acc[i][c][q] = V::zero();
     }
   const auto fold = [&](int i, int c) __attribute__((always_inline)) {
-    V group = acc[i][c][0];
-    if constexpr (chains == 2) group = group + acc[i][c][1];
+    const V group = sum_of(acc[i][c]);
     for (int q = 0; q < chains; ++q) acc[i][c][q] = V::zero();
     return (cut ? total[i][c] : V::zero()) + group;
   };
@@ -371,11 +355,8 @@ void double_strip(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
       for (int c = 0; c < vecs; ++c) {
         V both[2];
 #pragma GCC unroll 2
-        for (int qw = 0; qw < 2; ++qw) {
-          V sum = acc[q][qw][c][0];
-          if constexpr (chains == 2) sum = sum + acc[q][qw][c][1];
-          both[qw] = result_of<T>((V::zero() + sum) + bias);
-        }
+        for (int qw = 0; qw < 2; ++qw)
+          both[qw] = result_of<T>((V::zero() + sum_of(acc[q][qw][c])) + bias);
         store_plane_pairs<T, vecs>(both[0], both[1], tile, out + q * tile.out_step, c);
       }
     }
@@ -428,9 +409,7 @@ void sweep_tile(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
       if (number % G == 0 || number == numbers)
 #pragma GCC unroll 8
         for (int c = 0; c < vecs; ++c) {
-          V group = acc[c][0];
-          if constexpr (chains == 2) group = group + acc[c][1];
-          total[0][c] = total[0][c] + group;
+          total[0][c] = total[0][c] + sum_of(acc[c]);
 #pragma GCC unroll 2
           for (int q = 0; q < chains; ++q) acc[c][q] = V::zero();
         }

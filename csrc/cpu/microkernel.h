@@ -10,6 +10,8 @@
 // way round. The chains of a tile stay in registers for the whole group.
 #pragma once
 
+#include "basics.h"
+
 namespace torch_naiveconv::TNC_ISA {
 
 // Float and double close a group of one chain; the 16-bit types (computed in float) of two.
@@ -52,6 +54,45 @@ struct Finish {
 // What the chains of a tile are to its totals: all there is, a group more, or more terms of the
 // only group, whose chains were left there.
 enum class Group { first, next, same };
+
+// The steps of a tile of one chain. multiply_tiles has its own: in calls its hot loop would lose
+// registers.
+template <class V, int Rows, int Vecs>
+TNC_INLINE void zero_chains(V (&chain)[Rows][Vecs]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < Vecs; ++j) chain[i][j] = V::zero();
+}
+
+// chain[i][j] = fma(row(i), lane(j), chain[i][j])
+template <class V, int Rows, int Vecs, class RowOf, class LaneOf>
+TNC_INLINE void add_term(V (&chain)[Rows][Vecs], const RowOf& row_of, const LaneOf& lane_of) {
+  V lane[Vecs];
+#pragma GCC unroll 8
+  for (int j = 0; j < Vecs; ++j) lane[j] = lane_of(j);
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+    const V row = V::broadcast(row_of(i));
+#pragma GCC unroll 8
+    for (int j = 0; j < Vecs; ++j) chain[i][j] = fma(row, lane[j], chain[i][j]);
+  }
+}
+
+// The total of a group: +0 + chain, or just the chain: it may be -0, and then the bias, which is
+// not, makes it +0.
+template <class V, class T>
+TNC_INLINE V closed(const T* earlier, V chain, bool resume) {
+  return resume ? V::load(earlier) + chain : chain;
+}
+template <class V, class T, int Rows, int Vecs>
+TNC_INLINE void close_group(const V (&chain)[Rows][Vecs], T* total, bool resume) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < Vecs; ++j, total += V::lanes)
+      closed(total, chain[i][j], resume).store(total);
+}
 
 // `tiles` of them, one below the other: their pointers follow in `in_place`, their rows in `total`,
 // Rows x Vecs vectors a tile, unless `finish` takes them.
@@ -122,14 +163,13 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
         }
       }
     }
-    // +0 + chain, or just the chain: it may be -0, and then the bias, which is not, makes it +0.
     const auto total_of = [&](int i, int j) __attribute__((always_inline)) {
+      const T* const earlier = total + (i * Vecs + j) * L;
       if constexpr (Chains == 2)
-        return (group == Group::next ? V::load(total + (i * Vecs + j) * L) : V::zero()) +
+        return (group == Group::next ? V::load(earlier) : V::zero()) +
                (chain[0][i][j] + chain[1][i][j]);
       else
-        return group == Group::next ? V::load(total + (i * Vecs + j) * L) + chain[0][i][j]
-                                    : chain[0][i][j];
+        return closed(earlier, chain[0][i][j], group == Group::next);
     };
     if (finish == nullptr) {
 #pragma GCC unroll 16
@@ -350,32 +390,17 @@ void multiply_runs(int64_t tiles, const T* first, int64_t apart, int64_t terms, 
     for (int i = 0; i < Rows; ++i) at[i] = first + (tile * Rows + i) * apart;
     const int64_t ahead = tile + 1 < tiles ? Rows * apart : terms - tile * Rows * apart;
     V chain[Rows][Vecs];
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 8
-      for (int j = 0; j < Vecs; ++j) chain[i][j] = V::zero();
+    zero_chains(chain);
     const T* packed = panel;
     for (int64_t t = 0; t < terms; t += 8)
 #pragma GCC unroll 8
       for (int k = 0; k < 8; ++k, packed += Vecs * L) {
         prefetch_near(at[k % Rows] + t + ahead);
-        V lane[Vecs];
-#pragma GCC unroll 8
-        for (int j = 0; j < Vecs; ++j) lane[j] = V::load(packed + j * L);
-#pragma GCC unroll 16
-        for (int i = 0; i < Rows; ++i) {
-          const V row = V::broadcast(at[i][t + k]);
-#pragma GCC unroll 8
-          for (int j = 0; j < Vecs; ++j) chain[i][j] = fma(row, lane[j], chain[i][j]);
-        }
+        add_term(
+            chain, [&](int i) __attribute__((always_inline)) { return at[i][t + k]; },
+            [&](int j) __attribute__((always_inline)) { return V::load(packed + j * L); });
       }
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 8
-      for (int j = 0; j < Vecs; ++j) {
-        T* const to = total + (i * Vecs + j) * L;
-        (resume ? V::load(to) + chain[i][j] : chain[i][j]).store(to);
-      }
+    close_group(chain, total, resume);
   }
 }
 
@@ -398,31 +423,16 @@ void multiply_pixels(const T* rows, int64_t row_step, const T* lanes, int64_t la
   using V = Vec<T>;
   constexpr int L = V::lanes;
   V chain[Rows][Vecs];
-#pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < Vecs; ++j) chain[i][j] = V::zero();
+  zero_chains(chain);
   for (; terms > 0; --terms, rows += row_step, lanes += lane_step) {
     prefetch(rows + rows_ahead);
 #pragma GCC unroll 2
     for (int j = 0; j < (Vecs < 2 ? Vecs : 2); ++j) prefetch(lanes + lanes_ahead + j * L);
-    V lane[Vecs];
-#pragma GCC unroll 8
-    for (int j = 0; j < Vecs; ++j) lane[j] = V::load(lanes + j * L);
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-      const V row = V::broadcast(rows[i]);
-#pragma GCC unroll 8
-      for (int j = 0; j < Vecs; ++j) chain[i][j] = fma(row, lane[j], chain[i][j]);
-    }
+    add_term(
+        chain, [&](int i) __attribute__((always_inline)) { return rows[i]; },
+        [&](int j) __attribute__((always_inline)) { return V::load(lanes + j * L); });
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < Vecs; ++j) {
-      T* const to = total + (i * Vecs + j) * L;
-      (resume ? V::load(to) + chain[i][j] : chain[i][j]).store(to);
-    }
+  close_group(chain, total, resume);
 }
 
 template <class T, int Vecs = TileSize<T, 1>::vecs, int Rows = TileSize<T, 1>::rows_of(Vecs)>

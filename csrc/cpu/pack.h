@@ -2,67 +2,9 @@
 // panels of lanes, zero-padded patches of an image, transposed stores. Widens 16-bit elements.
 #pragma once
 
+#include "basics.h"
+
 namespace torch_naiveconv::TNC_ISA {
-
-TNC_INLINE int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-TNC_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-TNC_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// Memory that only grows, one for each use and thread. take() hands out aligned pieces of it.
-class Arena {
- public:
-  Arena() = default;
-  ~Arena() { std::free(data_); }
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-
-  // Forgets what was taken; makes room for `bytes` (the sum of bytes_for of all pieces).
-  void reset(size_t bytes) {
-    used_ = 0;
-    if (bytes <= size_) return;
-    std::free(data_);
-    size_ = (bytes + 4095) / 4096 * 4096;
-    data_ = static_cast<char*>(std::aligned_alloc(4096, size_));
-    if (data_ == nullptr) {
-      size_ = 0;
-      throw std::bad_alloc();
-    }
-  }
-  template <class T>
-  static constexpr size_t bytes_for(int64_t count) {
-    return (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
-  }
-  template <class T>
-  T* take(int64_t count) {
-    T* const piece = reinterpret_cast<T*>(data_ + used_);
-    used_ += bytes_for<T>(count);
-    return piece;
-  }
-
- private:
-  char* data_ = nullptr;
-  size_t size_ = 0, used_ = 0;
-};
-
-inline Arena& plan_arena() {  // tables that the tasks of one call share
-  static thread_local Arena arena;
-  return arena;
-}
-inline Arena& task_arena() {  // what one task works in
-  static thread_local Arena arena;
-  return arena;
-}
-
-template <class T>
-TNC_INLINE T widened(T x) {
-  return x;
-}
-TNC_INLINE float widened(BFloat16 x) { return widen(x); }
-TNC_INLINE float widened(Half x) { return widen(x); }
-
-TNC_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
-TNC_INLINE void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
-TNC_INLINE void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }
 
 // zero_run, copy_run and copy_transposed write whole vectors: up to L - 1 elements behind the last.
 // What belongs there is written later, or is slack.
@@ -231,98 +173,123 @@ TNC_INLINE auto is_special(V x) {
   return is_nan(fma(x, V::zero(), V::zero()));
 }
 
-// dst[position[r] + j * lane_stride] = canonical(total[r][j] + bias[j]), rounded to D, for j <
-// lanes; bias has whole vectors. With an `order`, totals of row r are total[order[r]]. Says whether
-// an infinity or a NaN was among them.
+// The results of sums; remembers whether an infinity or a NaN was among them.
+template <class V>
+class Results {
+ public:
+  TNC_INLINE V of(V sum) {
+    special_ = V::either(special_, is_special(sum));
+    return canonical(sum);
+  }
+  TNC_INLINE bool any_special() const { return V::any(special_); }
+
+ private:
+  typename V::Mask special_{};
+};
+
+// Where totals are stored: row r, lane j at data[position[r] + j * to_lane].
 template <class D, class T>
-bool store_rows(const T* total, int64_t rows, int vecs, int lanes, const T* bias, D* dst,
-                const int64_t* position, int64_t lane_stride, const int32_t* order = nullptr) {
+struct Target {
+  D* data;
+  const int64_t* position;
+  int64_t to_lane;
+  const T* bias;  // of each lane, whole vectors
+  int lanes;
+};
+
+// store_rows for lanes that lie side by side.
+template <class D, class T, class TotalOf>
+bool store_lanes(int64_t rows, const Target<D, T> target, const TotalOf& total_of) {
+  using V = Vec<T>;
+  constexpr int L = V::lanes;
+  constexpr int64_t ahead = 16;  // rows; a result line that is new to the caches is slow to come
+  Results<V> results;
+  for (int64_t r = 0; r < rows; ++r) {
+    D* const to = target.data + target.position[r];
+    prefetch_to_write(target.data + target.position[least(r + ahead, rows - 1)]);
+    for (int j = 0; j < target.lanes; j += L) {
+      const V result = results.of(V::load(total_of(r) + j) + V::load(target.bias + j));
+      if (j + L <= target.lanes)
+        result.store(to + j);
+      else
+        result.store(to + j, target.lanes - j);
+    }
+  }
+  return results.any_special();
+}
+
+// Stores canonical(total[r][j] + bias[j]), rounded to D. With an `order`, totals of row r are
+// total[order[r]]. Says whether an infinity or a NaN was among them.
+template <class D, class T>
+bool store_rows(const T* total, int64_t rows, int vecs, const Target<D, T> target,
+                const int32_t* order = nullptr) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
   const int64_t pitch = int64_t{vecs} * L;
   const auto total_of = [&](int64_t r) { return total + (order ? order[r] : r) * pitch; };
-  auto special = is_special(V::zero());
-  if (lane_stride == 1) {
-    constexpr int64_t ahead = 16;  // rows; a result line that is new to the caches is slow to come
-    for (int64_t r = 0; r < rows; ++r) {
-      prefetch_to_write(dst + position[least(r + ahead, rows - 1)]);
-      for (int j = 0; j < lanes; j += L) {
-        const V sum = V::load(total_of(r) + j) + V::load(bias + j);
-        special = V::either(special, is_special(sum));
-        if (j + L <= lanes)
-          canonical(sum).store(dst + position[r] + j);
-        else
-          canonical(sum).store(dst + position[r] + j, lanes - j);
-      }
-    }
-    return V::any(special);
-  }
-  for (int j = 0; j < lanes; j += L) {
-    const V b = V::load(bias + j);
-    const int some = lanes - j < L ? lanes - j : L;
+  if (target.to_lane == 1) return store_lanes(rows, target, total_of);
+  const int64_t* const position = target.position;
+  const int64_t to_lane = target.to_lane;
+  Results<V> results;
+  for (int j = 0; j < target.lanes; j += L) {
+    const V b = V::load(target.bias + j);
+    const int some = target.lanes - j < L ? target.lanes - j : L;
     for (int64_t r = 0; r < rows;) {
       const int run = run_length<L>(position + r, least(rows - r, L));  // side by side in memory
       const int64_t first = r;
-      D* const to = dst + position[r] + j * lane_stride;
+      D* const to = target.data + position[r] + j * to_lane;
       r += run;
       if (run >= 2) {
-        const D* const ahead = dst + position[least(r + L, rows - 1)] + j * lane_stride;
+        const D* const ahead = target.data + position[least(r + L, rows - 1)] + j * to_lane;
 #pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) prefetch_to_write(ahead + i * lane_stride);
+        for (int i = 0; i < L; ++i) prefetch_to_write(ahead + i * to_lane);
         V block[L];
         if (run == L) {
 #pragma GCC unroll 16
           for (int i = 0; i < L; ++i) {
-            const V sum = V::load(total_of(first + i) + j) + b;
-            special = V::either(special, is_special(sum));
-            block[i] = canonical(sum);
+            block[i] = results.of(V::load(total_of(first + i) + j) + b);
           }
         } else {
           for (int i = 0; i < L; ++i) {
-            const V sum = i < run ? V::load(total_of(first + i) + j) + b : V::zero();
-            special = V::either(special, is_special(sum));
-            block[i] = canonical(sum);
+            block[i] = results.of(i < run ? V::load(total_of(first + i) + j) + b : V::zero());
           }
         }
         V::transpose(block);
         if (run == L && some == L) {
 #pragma GCC unroll 16
-          for (int i = 0; i < L; ++i) block[i].store(to + i * lane_stride);
+          for (int i = 0; i < L; ++i) block[i].store(to + i * to_lane);
         } else {
 #pragma GCC unroll 16
           for (int i = 0; i < L; ++i)
-            if (i < some) block[i].store(to + i * lane_stride, run);
+            if (i < some) block[i].store(to + i * to_lane, run);
         }
         continue;
       }
       if constexpr (std::is_same_v<D, T> && V::stores_apart) {  // the phases of a stride of 2
         const int apart = run_length<L, 2>(position + first, least(rows - first, L));
         if (apart >= 2) {
-          const D* const ahead = dst + position[least(first + L, rows - 1)] + j * lane_stride;
+          const D* const ahead = target.data + position[least(first + L, rows - 1)] + j * to_lane;
           V block[L];
           for (int i = 0; i < L; ++i) {
-            prefetch_to_write(ahead + i * lane_stride);
-            prefetch_to_write(ahead + i * lane_stride + L);
-            const V sum = i < apart ? V::load(total_of(first + i) + j) + b : V::zero();
-            special = V::either(special, is_special(sum));
-            block[i] = canonical(sum);
+            prefetch_to_write(ahead + i * to_lane);
+            prefetch_to_write(ahead + i * to_lane + L);
+            block[i] = results.of(i < apart ? V::load(total_of(first + i) + j) + b : V::zero());
           }
           V::transpose(block);
 #pragma GCC unroll 16
           for (int i = 0; i < L; ++i)
-            if (i < some) block[i].store_apart(to + i * lane_stride, apart);
+            if (i < some) block[i].store_apart(to + i * to_lane, apart);
           r = first + apart;
           continue;
         }
       }
-      const V sum = V::load(total_of(first) + j) + b;
-      special = V::either(special, is_special(sum));
+      const V result = results.of(V::load(total_of(first) + j) + b);
       D row[L];
-      canonical(sum).store(row);
-      for (int i = 0; i < some; ++i) to[i * lane_stride] = row[i];
+      result.store(row);
+      for (int i = 0; i < some; ++i) to[i * to_lane] = row[i];
     }
   }
-  return V::any(special);
+  return results.any_special();
 }
 
 }  // namespace torch_naiveconv::TNC_ISA
