@@ -109,20 +109,19 @@ class Scatter {
   // False: the places of a window are more than an entry can count.
   bool run() const {
     if (room_ > std::numeric_limits<Entry>::max()) return false;
-    parallel_for(
-        images_ * groups_ * bands_, 1 + 8192 / (s_.outputs() * side_ / bands_ + 1),
-        FloatEnvironment::gradual, [&](int64_t begin, int64_t end) {
-          const std::unique_ptr<Total<T>[]> buffer(new Total<T>[held_ * row_ + margin_]());
-          for (int64_t task = begin; task < end; ++task) {
-            const int64_t group = task / bands_;
-            Band b;
-            b.n = group / groups_, b.plane = group % groups_ * side_;
-            b.planes = std::min(side_, planes_ - b.plane);
-            b.begin = task % bands_ * band_;
-            b.end = std::min(b.begin + band_, rows_);
-            scatter(b, buffer.get());
-          }
-        });
+    parallel_for(images_ * groups_ * bands_, 1 + 8192 / (s_.outputs() * side_ / bands_ + 1),
+                 FloatEnvironment::gradual, [&](int64_t begin, int64_t end) {
+                   const std::unique_ptr<Total<T>[]> buffer(new Total<T>[held_ * row_ + margin_]());
+                   for (int64_t task = begin; task < end; ++task) {
+                     const int64_t group = task / bands_;
+                     Band b;
+                     b.n = group / groups_, b.plane = group % groups_ * side_;
+                     b.planes = std::min(side_, planes_ - b.plane);
+                     b.begin = task % bands_ * band_;
+                     b.end = std::min(b.begin + band_, rows_);
+                     scatter(b, buffer.get());
+                   }
+                 });
     return true;
   }
 
