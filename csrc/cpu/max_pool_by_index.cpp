@@ -89,7 +89,7 @@ class Scatter {
     // Better a whole plane in the second cache than rows that are moved down in the first.
     const int64_t budget = (channels_last_ ? 262144 : 24576) / int64_t(sizeof(Total<T>));
     held_ = std::min(std::max(budget / row_, 2 * span_), bands_ == 1 ? rows_ : band_ + span_);
-    whole_ = bands_ == 1 && held_ == rows_;
+    clears_rows_ = channels_last_ && bands_ == 1 && held_ == rows_;
     list_entries();
   }
 
@@ -185,13 +185,13 @@ class Scatter {
         if (first >= b.end) break;
         if (empty) {
           low = std::min(low, first);
-          if (!whole_) std::fill_n(buffer, held_ * row_, Total<T>(0));
+          if (!clears_rows_) std::fill_n(buffer, held_ * row_, Total<T>(0));
           empty = false;
         }
         while (first + span_ > low + held_) advance(std::min(first - low, held_));
         add_row(b, od, oh, buffer + (first - low) * row_, first * row_);
       }
-    if (empty && !whole_) std::fill_n(buffer, held_ * row_, Total<T>(0));
+    if (empty && !clears_rows_) std::fill_n(buffer, held_ * row_, Total<T>(0));
     while (low < b.end) {
       write_rows(b, low, low + held_, buffer);
       low += held_;
@@ -199,8 +199,7 @@ class Scatter {
     }
   }
 
-  // Padded rows [begin, end) of the buffer, as far as they are inputs of the band. What is written
-  // is zero then: planes that fit whole need no other clearing.
+  // Padded rows [begin, end) of the buffer, as far as they are inputs of the band.
   void write_rows(const Band& b, int64_t begin, int64_t end, Total<T>* from) const {
     const Axis &d = s_.axis[0], &h = s_.axis[1];
     const int64_t low = begin;
@@ -218,8 +217,8 @@ class Scatter {
     const Axis& w = s_.axis[2];
     const RawView& view = p_.input;
     const int64_t pixel = view.stride[4];
-    const auto write = [](T* __restrict to, Total<T>* __restrict sums, int64_t count) {
-      for (int64_t i = 0; i < count; ++i) to[i] = result_of<T>(sums[i]), sums[i] = 0;
+    const auto write = [](T* __restrict to, const Total<T>* __restrict sums, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) to[i] = result_of<T>(sums[i]);
     };
     for (int64_t plane = 0; plane < (channels_last_ ? 1 : b.planes); ++plane) {
       T* to = static_cast<T*>(view.data) + place(view, b.n, b.plane + plane, id, begin, 0);
@@ -233,7 +232,8 @@ class Scatter {
             write(to + i * pixel, sums + i * step_, b.planes);
           }
         else
-          for (int64_t i = 0; i < w.in; ++i) write(to + i * pixel, sums + i, 1);
+          for (int64_t i = 0; i < w.in; ++i) to[i * pixel] = result_of<T>(sums[i]);
+        if (clears_rows_) std::fill_n(sums, w.in * step_, Total<T>(0));
       }
     }
   }
@@ -334,7 +334,7 @@ class Scatter {
   const PoolShape& s_;
   std::vector<Entry> entries_;
   bool channels_last_;
-  bool whole_;  // planes fit in the buffer
+  bool clears_rows_;  // when they are written and in the first cache, which a whole plane is not
   int64_t images_, planes_, side_, groups_;
   int64_t width_, height_, rows_, step_, pitch_, row_, margin_;  // of the padded plane
   int64_t span_, room_;          // rows, and places, that a row of windows and a window may add to
