@@ -71,10 +71,6 @@ struct Masked {
     return _mm_set1_epi8(static_cast<char>(tap));
   }
   template <class L>
-  static __m128i minus(__m128i a, __m128i b) {
-    return _mm_sub_epi8(a, b);
-  }
-  template <class L>
   static auto equal(__m128i a, __m128i b) {
     return static_cast<std::conditional_t<sizeof(L) == 4, __mmask16, __mmask8>>(
         _mm_cmpeq_epi8_mask(a, b));

@@ -73,10 +73,12 @@ class Scatter {
     side_ = channels_last_ ? std::min<int64_t>(planes_, 64) : abreast;
     groups_ = (planes_ + side_ - 1) / side_;
 
-    // A padded row holds its planes one after another, or those of every position together.
-    width_ = extent(w), height_ = extent(h), rows_ = extent(d) * height_;
+    // A padded row holds its planes one after another, or those of every position together. What
+    // is behind its inputs is the padding before the next row's, too.
+    const int64_t behind = extent(w) - w.pad - w.in;
+    width_ = w.in + std::max(w.pad, behind), height_ = extent(h), rows_ = extent(d) * height_;
     step_ = channels_last_ ? side_ : 1, pitch_ = channels_last_ ? 1 : width_;
-    row_ = width_ * side_;
+    row_ = width_ * side_, margin_ = (extent(w) - width_) * step_;
     span_ = reach(d) * height_ + reach(h) + 1;
     room_ = (span_ - 1) * row_ + reach(w) * step_ + 1;
     // Windows between two bands are visited twice: bands only where threads would have no plane.
@@ -87,6 +89,7 @@ class Scatter {
     // Better a whole plane in the second cache than rows that are moved down in the first.
     const int64_t budget = (channels_last_ ? 262144 : 24576) / int64_t(sizeof(Total<T>));
     held_ = std::min(std::max(budget / row_, 2 * span_), bands_ == 1 ? rows_ : band_ + span_);
+    clears_rows_ = channels_last_ && bands_ == 1 && held_ == rows_;
     list_entries();
   }
 
@@ -106,20 +109,19 @@ class Scatter {
   // False: the places of a window are more than an entry can count.
   bool run() const {
     if (room_ > std::numeric_limits<Entry>::max()) return false;
-    parallel_for(
-        images_ * groups_ * bands_, 1 + 8192 / (s_.outputs() * side_ / bands_ + 1),
-        FloatEnvironment::gradual, [&](int64_t begin, int64_t end) {
-          const std::unique_ptr<Total<T>[]> buffer(new Total<T>[static_cast<size_t>(held_ * row_)]);
-          for (int64_t task = begin; task < end; ++task) {
-            const int64_t group = task / bands_;
-            Band b;
-            b.n = group / groups_, b.plane = group % groups_ * side_;
-            b.planes = std::min(side_, planes_ - b.plane);
-            b.begin = task % bands_ * band_;
-            b.end = std::min(b.begin + band_, rows_);
-            scatter(b, buffer.get());
-          }
-        });
+    parallel_for(images_ * groups_ * bands_, 1 + 8192 / (s_.outputs() * side_ / bands_ + 1),
+                 FloatEnvironment::gradual, [&](int64_t begin, int64_t end) {
+                   const std::unique_ptr<Total<T>[]> buffer(new Total<T>[held_ * row_ + margin_]());
+                   for (int64_t task = begin; task < end; ++task) {
+                     const int64_t group = task / bands_;
+                     Band b;
+                     b.n = group / groups_, b.plane = group % groups_ * side_;
+                     b.planes = std::min(side_, planes_ - b.plane);
+                     b.begin = task % bands_ * band_;
+                     b.end = std::min(b.begin + band_, rows_);
+                     scatter(b, buffer.get());
+                   }
+                 });
     return true;
   }
 
@@ -183,13 +185,13 @@ class Scatter {
         if (first >= b.end) break;
         if (empty) {
           low = std::min(low, first);
-          std::fill_n(buffer, held_ * row_, Total<T>(0));
+          if (!clears_rows_) std::fill_n(buffer, held_ * row_, Total<T>(0));
           empty = false;
         }
         while (first + span_ > low + held_) advance(std::min(first - low, held_));
         add_row(b, od, oh, buffer + (first - low) * row_, first * row_);
       }
-    if (empty) std::fill_n(buffer, held_ * row_, Total<T>(0));
+    if (empty && !clears_rows_) std::fill_n(buffer, held_ * row_, Total<T>(0));
     while (low < b.end) {
       write_rows(b, low, low + held_, buffer);
       low += held_;
@@ -198,7 +200,7 @@ class Scatter {
   }
 
   // Padded rows [begin, end) of the buffer, as far as they are inputs of the band.
-  void write_rows(const Band& b, int64_t begin, int64_t end, const Total<T>* from) const {
+  void write_rows(const Band& b, int64_t begin, int64_t end, Total<T>* from) const {
     const Axis &d = s_.axis[0], &h = s_.axis[1];
     const int64_t low = begin;
     begin = std::max(begin, b.begin), end = std::min(end, b.end);
@@ -211,8 +213,7 @@ class Scatter {
   }
 
   // Rows [begin, end) of inputs, in NCHW plane after plane: one stream of stores at a time.
-  void write_inputs(const Band& b, int64_t id, int64_t begin, int64_t end,
-                    const Total<T>* from) const {
+  void write_inputs(const Band& b, int64_t id, int64_t begin, int64_t end, Total<T>* from) const {
     const Axis& w = s_.axis[2];
     const RawView& view = p_.input;
     const int64_t pixel = view.stride[4];
@@ -221,7 +222,7 @@ class Scatter {
     };
     for (int64_t plane = 0; plane < (channels_last_ ? 1 : b.planes); ++plane) {
       T* to = static_cast<T*>(view.data) + place(view, b.n, b.plane + plane, id, begin, 0);
-      const Total<T>* sums = from + w.pad * step_ + plane * pitch_;
+      Total<T>* sums = from + w.pad * step_ + plane * pitch_;
       for (int64_t ih = begin; ih < end; ++ih, to += view.stride[3], sums += row_) {
         if (channels_last_ ? b.planes == step_ && pixel == step_ : pixel == 1)
           write(to, sums, w.in * step_);
@@ -232,6 +233,7 @@ class Scatter {
           }
         else
           for (int64_t i = 0; i < w.in; ++i) to[i * pixel] = result_of<T>(sums[i]);
+        if (clears_rows_) std::fill_n(sums, w.in * step_, Total<T>(0));
       }
     }
   }
@@ -332,8 +334,9 @@ class Scatter {
   const PoolShape& s_;
   std::vector<Entry> entries_;
   bool channels_last_;
+  bool clears_rows_;  // when they are written and in the first cache, which a whole plane is not
   int64_t images_, planes_, side_, groups_;
-  int64_t width_, height_, rows_, step_, pitch_, row_;  // of the padded plane
+  int64_t width_, height_, rows_, step_, pitch_, row_, margin_;  // of the padded plane
   int64_t span_, room_;          // rows, and places, that a row of windows and a window may add to
   int64_t held_, band_, bands_;  // rows of a buffer and of a task
 };

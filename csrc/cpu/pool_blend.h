@@ -11,10 +11,6 @@ struct Blended {
   template <class L>
   using Wide = typename Types<L>::Wide;
 
-  template <class L>
-  static Wide<L> minus(Wide<L> a, Wide<L> b) {
-    return a - b;
-  }
   // The lanes that chose a given tap.
   template <class L>
   static Wide<L> equal(Wide<L> a, Wide<L> b) {

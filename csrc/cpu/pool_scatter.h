@@ -107,15 +107,11 @@ void stage_rows(Staged<Lane<T>> s) {
     const T* const grad = static_cast<const T*>(s.grad) + r * s.grad_pitch;
     const Index* const index = static_cast<const Index*>(s.index) + r * s.index_pitch;
     uint8_t* const to_index = s.to_index + r * s.pitch;
-    if (s.to_grad)
-      read_terms<T>(grad, 1, s.columns, s.to_grad + r * s.pitch);
-    else
-      for (int64_t i = 0; i < s.columns; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(grad + i);
+    if (s.to_grad) read_terms<T>(grad, 1, s.columns, s.to_grad + r * s.pitch);
     if (sizeof(Index) == 1 && s.columns >= whole) {
-      for (int64_t i = 0; i < s.columns; i += whole) {
-        i = std::min(i, s.columns - whole);  // the last part overlaps the one before it
-        __builtin_memcpy(to_index + i, index + i, whole);
-      }
+      const int64_t last = s.columns - whole;  // the last part overlaps the one before it
+      for (int64_t i = 0; i < last; i += whole) __builtin_memcpy(to_index + i, index + i, whole);
+      __builtin_memcpy(to_index + last, index + last, whole);
     } else {
       read_choices<Index>(index, 1, s.columns, to_index);
     }
@@ -392,9 +388,6 @@ void scatter_blocks(const GradRow<L>* planes, int64_t plane_count, int64_t grad_
   constexpr int V = lanes<L>;
   const int64_t whole = size - stride * V;
   const bool overlap = whole >= 0 && size % stride == 0;  // as in scatter_row
-  Choices<L> own[kernel * kernel];
-#pragma GCC unroll 16
-  for (int k = 0; k < kernel * kernel; ++k) own[k] = Masked::choice<L>(k);
   for (int64_t row = 0; row < rows; row += B::rows) {
     row = std::min(row, rows - B::rows);  // the last block overlaps the one before it
     const int64_t first = static_cast<int64_t>(static_cast<uint64_t>(row) / stride);
@@ -403,7 +396,9 @@ void scatter_blocks(const GradRow<L>* planes, int64_t plane_count, int64_t grad_
       const int64_t window = static_cast<int64_t>(static_cast<uint64_t>(i) / stride);
       Vec<L> sum[B::rows][stride] = {};
       for (int64_t p = 0; p < plane_count; ++p) {
-        const Choices<L> first_tap = *planes[p].own;
+        Choices<L> own[kernel * kernel];
+#pragma GCC unroll 16
+        for (int k = 0; k < kernel * kernel; ++k) own[k] = Masked::in_register<L>(planes[p].own[k]);
         const L* grads = planes[p].grad + first * grad_pitch + window;
         const uint8_t* indices = planes[p].index + first * index_pitch + window;
 #pragma GCC unroll 8
@@ -411,8 +406,7 @@ void scatter_blocks(const GradRow<L>* planes, int64_t plane_count, int64_t grad_
 #pragma GCC unroll 8
           for (int n = 0; n < Windows::count; ++n) {
             const Vec<L> grad = Masked::in_register<L>(load(grads + n));
-            const Choices<L> chosen = Masked::in_register<L>(
-                Masked::minus<L>(Masked::choices<L>(indices + n), first_tap));
+            const Choices<L> chosen = Masked::in_register<L>(Masked::choices<L>(indices + n));
 #pragma GCC unroll 4
             for (int r = 0; r < B::rows; ++r) {
 #pragma GCC unroll 4
