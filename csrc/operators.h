@@ -283,6 +283,10 @@ Tensor set_index(PoolProblem& problem, const Tensor& index_any, const Tensor& li
         problem.index_type = IndexType::int64;
         problem.kind = IndexKind::flat;
     }
+    const int64_t taps = problem.shape.taps();  // kernels list them for every value of a byte
+    STD_TORCH_CHECK(
+        problem.kind == IndexKind::flat || problem.index_type >= offset_type(taps).first,
+        "torch_naiveconv: index has a type too small for a window of ", taps, " taps");
   }
   problem.index = view_of(index);
   return index;

@@ -250,6 +250,21 @@ def test_indices_made_by_hand(shape, kernel, stride, padding, row):
         assert got.isfinite().all()
 
 
+@pytest.mark.parametrize("row", [*FAST, "naive"])
+def test_offsets_of_a_type_too_small(row):
+    """A byte cannot name 17 x 17 taps; the lookup lists one of them for each of its values."""
+    window = [17, 17, 1, 1, 0, 0, 0, 0, 1, 1]
+    grad, image = torch.ones(1, 8, 3, 3), torch.ones(1, 8, 19, 19)
+    index = torch.full(grad.shape, 2, dtype=torch.int16)
+    scattered = ops.max_pool_scatter(grad, index, [19, 19], window, "first", row)
+    gathered = ops.max_pool_gather(image, index, [3, 3], window, "first", row)
+    assert scattered.sum() == gathered.sum() == 72
+    with pytest.raises(RuntimeError, match="too small for a window of 289 taps"):
+        ops.max_pool_scatter(grad, index.byte(), [19, 19], window, "first", row)
+    with pytest.raises(RuntimeError, match="too small for a window of 289 taps"):
+        ops.max_pool_gather(image, index.byte(), [3, 3], window, "first", row)
+
+
 @pytest.mark.parametrize("row", FAST)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_ties(row, channels_last):
