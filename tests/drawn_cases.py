@@ -140,7 +140,7 @@ def draw_channels(draw):
     kind = draw.choice(["dense"] * 3 + ["few"] * 3 + ["depthwise"] * 3 + ["multiplier", "grouped"])
     if kind in ("dense", "few"):
         pair = [
-            draw.choice([8, 16, 20, 24, 32, 48, 64, 96, 100, 130, draw.randint(1, 130)]),
+            draw.choice([8, 16, 20, 32, 48, 64, 96, 130, draw.randint(1, 130)]),
             draw.choice([1, 1, 2, 3, 4] if kind == "few" else [8, 16, 32, draw.randint(5, 100)]),
         ]
         draw.shuffle(pair)
@@ -161,32 +161,26 @@ def draw_size(draw, dims):
     return min(size, largest)
 
 
-def draw_conv_axis(draw, dims):
-    kernel = draw.choice([1, 1, 2, 3, 3, 4, 5, 5, 6, 7])
-    before, after = draw.choice(
-        [
-            (0, 0),
-            (kernel // 2, kernel // 2),
-            (1, 0),
-            (0, 1),
-            (kernel - 1, kernel - 1),
-            (draw.randint(0, kernel + 1), draw.randint(0, kernel + 1)),
-        ]
-    )
-    stride = draw.choice([1, 1, 1, 2, 2, 2, 3, 4, 5, draw.randint(1, 9)])
-    return Axis(draw_size(draw, dims), kernel, stride, draw.choice([1, 1, 1, 2, 3]), before, after)
-
-
 def draw_conv_axes(draw, dims):
-    """Every axis by itself, or all as a layer of the usual kind has them, but perhaps for one."""
-    axes = [draw_conv_axis(draw, dims) for _ in range(dims)]
-    if draw.random() < 0.6:
-        kernel, stride = draw.choice([1, 3, 3, 3, 5, 7]), draw.choice([1, 1, 2])
-        odd = draw.randrange(dims) if draw.random() < 0.3 else None
-        axes = [
-            axis if i == odd else Axis(axis.size, kernel, stride, 1, kernel // 2, kernel // 2)
-            for i, axis in enumerate(axes)
-        ]
+    """Axes of one kernel or of several, each as the usual layers have it or with what may be."""
+    kernels = [1, 1, 1, 1, 2, 3, 3, 3, 4, 5, 5, 6, 7]
+    shared, steps = draw.choice(kernels), draw.choice([1, 1, 2])
+    of_one = draw.random() < 0.7
+    axes = []
+    for _ in range(dims):
+        size = draw_size(draw, dims)
+        kernel = shared if of_one else draw.choice(kernels)
+        half = kernel // 2
+        if draw.random() < 0.6:
+            axes.append(Axis(size, kernel, steps, 1, half, half))
+            continue
+        any_two = draw.randint(0, kernel + 1), draw.randint(0, kernel + 1)
+        before, after = draw.choice(
+            [(0, 0), (half, half), (1, 0), (0, 1), (kernel - 1, kernel - 1), any_two]
+        )
+        stride = draw.choice([1, 1, 2, 2, 3, 4, draw.randint(1, 9)])
+        size = draw.choice([1, size, size])
+        axes.append(Axis(size, kernel, stride, draw.choice([1, 1, 2, 3]), before, after))
     return tuple(axes)
 
 

@@ -78,8 +78,8 @@ def values(generator, shape, dtype, kind):
     if kind == "spots" and t.numel():
         few = torch.randint(0, t.numel(), (3,), generator=generator)
         few[:2] = torch.tensor([0, t.numel() - 1])
-        few = few[torch.rand(3, generator=generator) < 0.5]
-        t.view(-1)[few] = special[torch.randint(0, 4, few.shape, generator=generator)]
+        few = few[torch.randint(0, 3, (2,), generator=generator)]
+        t.view(-1)[few] = special[torch.randint(0, 4, (2,), generator=generator)]
     if kind == "ties":
         special = torch.cat([special, torch.tensor([1e-40, -INF], dtype=torch.float64)])
         whole = torch.randint(-2, 3, shape, generator=generator).double()
