@@ -4,7 +4,8 @@ import random
 
 import pytest
 import torch
-from test_conv_rows import FAST, FLOATS, assert_same_bits, check, strided, threads, values
+from tensors import FLOATS, LAYOUTS, assert_same_bits, in_layout, threads, values
+from test_conv_rows import FAST, check
 
 from torch_naiveconv import functional as F
 
@@ -38,23 +39,19 @@ NAMED = {
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("name", NAMED)
-@pytest.mark.parametrize("row", FAST)
-def test_named(row, name, dtype):
+def test_named(name, dtype):
     draw = random.Random(f"{name} {dtype}")
     for kind in ("normal", draw.choice(["tiny", "wild"])):
-        check(draw, dtype, kind, *NAMED[name], row)
+        check(draw, dtype, kind, *NAMED[name])
 
 
-@pytest.mark.parametrize("row", FAST)
-def test_every_remainder(row):
+def test_every_remainder():
     """Rows of one to 24 pixels, blocks of one to 24 channels."""
     for size in range(1, 25):
         draw = random.Random(size)
         channels = 1 + 7 * size % 24
         axes = [(3, *SAME3), (size, *SAME3)]
-        check(
-            draw, draw.choice(FLOATS), "normal", 2, 2 * channels, 2 * channels, channels, axes, row
-        )
+        check(draw, draw.choice(FLOATS), "normal", 2, 2 * channels, 2 * channels, channels, axes)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -133,7 +130,8 @@ def test_grad_bias(row, dtype):
     for case, size in enumerate([(1, 1), (5, 7), (31, 33), (128,), (700,), (9, 8, 11)]):
         draw, generator = random.Random(case), torch.Generator().manual_seed(case)
         for kind in ("normal", "tiny", "wild"):
-            grad = strided(draw, values(generator, (2, draw.randint(1, 40), *size), dtype, kind))
+            grad = values(generator, (2, draw.randint(1, 40), *size), dtype, kind)
+            grad = in_layout(grad, draw.choice(LAYOUTS))
             with threads(draw.choice([1, 3])):
                 got = F.conv_grad_bias(grad, impl=row)
             expected = F.conv_grad_bias(grad, impl="naive")

@@ -1,117 +1,36 @@
 """Every vector row of the convolution table returns naive's bits, on shapes that meet its edges.
 
-The random cases draw all arguments at once; the named ones reach what small shapes do not: patches
-that hold a few channels only, groups of terms that straddle rows and planes of the image, tiles of
-every size. `python -m pytest tests/test_conv_rows.py -k "random and 17"` repeats one.
+What small drawn shapes (test_drawn_cases.py) do not reach: patches that hold a few channels only,
+groups of terms that straddle rows and planes of the image, tiles of every size.
 """
 
-import contextlib
 import random
 
 import pytest
 import torch
+from drawn_cases import Axis, ConvCase, draw_layouts
+from tensors import assert_same_bits, threads
 
 from torch_naiveconv import functional as F
 
 FAST = [row for row in F.implementations("conv2d", "cpu") if row != "naive"]
-FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@contextlib.contextmanager
-def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def assert_same_bits(got, expected, what):
-    assert got.dtype == expected.dtype and got.shape == expected.shape, what
-    a, b = (t.contiguous().view(BITS[t.element_size()]) for t in (got, expected))
-    differ = (a != b).nonzero()
-    assert len(differ) == 0, f"{what}: {len(differ)} of {a.numel()} differ, first {differ[0]}"
-
-
-def values(generator, shape, dtype, kind):
-    t = torch.randn(shape, generator=generator, dtype=torch.float64)
-    pick = torch.rand(shape, generator=generator)
-    if kind == "tiny":  # subnormals, underflow, signed zeros
-        info = torch.finfo(dtype)
-        t = torch.where(pick < 0.3, t * info.tiny * 0.3, t)
-        t = torch.where(pick > 0.6, t * info.tiny**0.5, t)
-        t = torch.where((pick > 0.3) & (pick < 0.4), t * 0.0, t)
-    if kind == "wild":  # now and then infinite, NaN or -0
-        special = torch.tensor([float("inf"), float("-inf"), float("nan"), -0.0])
-        t = torch.where(pick < 0.01, special[(pick * 400).long().clamp(max=3)].double(), t)
-    return t.to(dtype)
-
-
-def strided(draw, t, way=None):
-    """The same values in one of several memory layouts."""
-    way = way or draw.choice(["contiguous", "contiguous", "channels_last", "permuted", "gaps"])
-    if way == "channels_last" and t.dim() in (4, 5):
-        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-        return t.contiguous(memory_format=formats[t.dim()])
-    if way == "permuted":
-        order = draw.sample(range(t.dim()), t.dim())
-        back = [order.index(i) for i in range(t.dim())]
-        return t.permute(order).contiguous().permute(back)
-    if way == "gaps":
-        wide = t.new_empty([*t.shape[:-1], 2 * t.shape[-1] + 1])
-        wide[..., 1::2] = t
-        return wide[..., 1::2]
-    return t
-
-
-def check(draw, dtype, kind, n, c, k, groups, axes, row, layout=None):
-    """All three maps of one shape; axes: (in, kernel, stride, dilation, before, after) each."""
-    dims = len(axes)
-    sizes, kernel, stride, dilation, *pads = (list(column) for column in zip(*axes, strict=True))
-    padding = [tuple(pair) for pair in zip(*pads, strict=True)]
-    out = [(i + b + a - d * (m - 1) - 1) // s + 1 for i, m, s, d, b, a in axes]
-    generator = torch.Generator().manual_seed(draw.randrange(2**31))
-    x = strided(draw, values(generator, (n, c, *sizes), dtype, kind), layout)
-    w = strided(draw, values(generator, (k, c // groups, *kernel), dtype, kind), layout)
-    g = strided(draw, values(generator, (n, k, *out), dtype, kind), layout)
-    bias = values(generator, (k,), dtype, kind) if draw.random() < 0.5 else None
-    arguments = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    conv = getattr(F, f"conv{dims}d")
-
-    def maps(impl):
-        yield "forward", conv(x, w, bias, **arguments, impl=impl)
-        yield "grad_input", F.conv_grad_input(x.shape, w, g, **arguments, impl=impl)
-        yield "grad_weight", F.conv_grad_weight(x, w.shape, g, **arguments, impl=impl)
-
-    what = f"{row} {dtype} {kind} N{n} C{c} K{k} groups {groups} {axes}"
-    with threads(2):
-        expected = list(maps("naive"))
-    with threads(draw.choice([1, 2, 3])):
-        for (name, a), (_, b) in zip(maps(row), expected, strict=True):
-            assert_same_bits(a, b, f"{name} of {what}")
-
-
-@pytest.mark.parametrize("row", FAST)
-@pytest.mark.parametrize("case", range(120))
-def test_random(row, case):
-    draw = random.Random(case)
-    dims = draw.choice([1, 2, 2, 2, 3])
-    groups = draw.choice([1, 1, 1, 2, 3])
-    c = groups * draw.choice([1, 2, 3, 8, 17, draw.randint(1, 40)])
-    k = groups * draw.choice([1, 2, 5, 16, 33, draw.randint(1, 80)])
-    axes = []
-    while len(axes) < dims:
-        size = draw.randint(1, {1: 150, 2: draw.choice([12, 33]), 3: 7}[dims])
-        kernel, stride, dilation = draw.randint(1, 4), draw.randint(1, 3), draw.randint(1, 3)
-        if draw.random() < 0.5:
-            stride = dilation = 1
-        before, after = draw.randint(0, 3), draw.randint(0, 3)
-        if size + before + after >= dilation * (kernel - 1) + 1:
-            axes.append((size, kernel, stride, dilation, before, after))
-    kind = draw.choice(["normal", "normal", "tiny", "wild"])
-    check(draw, draw.choice(FLOATS), kind, draw.randint(1, 3), c, k, groups, axes, row)
+def check(draw, dtype, kind, n, c, k, groups, axes, layout=None):
+    """Every row on one shape; axes: (in, kernel, stride, dilation, before, after) each."""
+    ConvCase(
+        draw.randrange(2**31),
+        dtype,
+        n,
+        c,
+        k,
+        groups,
+        tuple(Axis(*axis) for axis in axes),
+        layouts=(layout,) * 3 if layout else draw_layouts(draw),
+        values=(kind,) * 4,
+        bias=draw.random() < 0.5,
+        threads=draw.choice([1, 2, 3]),
+    ).check(FAST)
 
 
 # name: N, C, K, groups, axes
@@ -196,19 +115,17 @@ NAMED = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [None, "contiguous", "channels_last"])
 @pytest.mark.parametrize("name", NAMED)
-@pytest.mark.parametrize("row", FAST)
-def test_named(row, name, layout, dtype):
-    check(random.Random(name), dtype, "normal", *NAMED[name], row, layout)
+def test_named(name, layout, dtype):
+    check(random.Random(name), dtype, "normal", *NAMED[name], layout)
 
 
-@pytest.mark.parametrize("row", FAST)
-def test_every_remainder(row):
+def test_every_remainder():
     """Rows and lanes from one to beyond the largest tile, in both orders of the two sizes."""
     for size in range(1, 51):
         axes = [(1, 1, 1, 1, 0, 0), (size, 1, 1, 1, 0, 0)]
         draw = random.Random(size)
-        check(draw, torch.float32, "normal", 1, 5, 51 - size, 1, axes, row)
-        check(draw, torch.float64, "normal", 1, 51 - size, size, 1, axes, row)
+        check(draw, torch.float32, "normal", 1, 5, 51 - size, 1, axes)
+        check(draw, torch.float64, "normal", 1, 51 - size, size, 1, axes)
 
 
 @pytest.mark.parametrize("row", FAST)

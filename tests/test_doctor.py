@@ -74,7 +74,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("expected", BROKEN)
 def test_a_package_that_cannot_be_imported(expected, tmp_path):
-    """There the doctor does not come to speak; the last line says what to do all the same."""
+    """There the doctor does not come to speak; the last line and the report say what to do."""
     package = tmp_path / "torch_naiveconv"
     shutil.copytree(Path(torch_naiveconv.__file__).parent, package)
     BROKEN[expected](package)
@@ -86,6 +86,7 @@ def test_a_package_that_cannot_be_imported(expected, tmp_path):
         text=True,
         check=False,
     )
-    assert run.returncode == 1 and run.stdout == ""
+    assert run.returncode == 1
+    (advice,) = json.loads(run.stdout)["advice"]
     last = run.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError") and expected in last
+    assert last == f"ImportError: {advice}" and expected in advice

@@ -1,175 +1,17 @@
-"""Every vector row of the pooling table returns naive's bits, and torch's values and indices.
+"""Every vector row of the pooling table returns naive's bits: ties, seams, indices made by hand.
 
-The random cases draw dimension, sizes, all arguments, element type, memory format and the number of
-threads; small integers make ties, and NaN (several in a window), infinities and signed zeros are
-mixed in. `python -m pytest tests/test_pool_rows.py -k "random and 17"` repeats one.
+Drawn calls are those of test_drawn_cases.py.
 """
-
-import contextlib
-import random
 
 import pytest
 import torch
+from tensors import FLOATS, INF, NAN, assert_same_bits, bits, threads, values
 
 from torch_naiveconv import functional as F
 from torch_naiveconv import ops
 
 FAST = [row for row in F.implementations("max_pool2d", "cpu") if row != "naive"]
-FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-INTEGERS = [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool]
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-INF, NAN = float("inf"), float("nan")
-
-
-@contextlib.contextmanager
-def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def bits(t):
-    return t.contiguous().view(BITS[t.element_size()])
-
-
-def assert_same_bits(got, expected, what):
-    assert got.dtype == expected.dtype and got.shape == expected.shape, what
-    differ = (bits(got) != bits(expected)).nonzero()
-    assert len(differ) == 0, f"{what}: {len(differ)} of {got.numel()} differ, first {differ[0]}"
-
-
-def assert_same_up_to_nan(got, expected, what):
-    """torch promises that a NaN stays one, not which."""
-    assert got.dtype == expected.dtype and got.shape == expected.shape, what
-    if got.is_floating_point():
-        both = got.isnan() & expected.isnan()
-        got, expected = got.masked_fill(both, 0.0), expected.masked_fill(both, 0.0)
-    assert_same_bits(got, expected, what)
-
-
-def values(generator, shape, dtype, kind):
-    if kind == "lowest":
-        if dtype.is_floating_point:
-            return torch.full(shape, -INF).to(dtype)
-        return torch.full(shape, 0 if dtype == torch.bool else torch.iinfo(dtype).min, dtype=dtype)
-    if kind == "normal" and dtype.is_floating_point:
-        return torch.randn(shape, generator=generator).to(dtype)
-    low = 0 if dtype in (torch.bool, torch.uint8) else -2
-    t = torch.randint(low, 2 if dtype == torch.bool else 3, shape, generator=generator)
-    if dtype.is_floating_point:
-        pick = torch.rand(shape, generator=generator)
-        special = torch.tensor([INF, -INF, NAN, -0.0, 1e-40, -INF])
-        at = (pick * 20).long()
-        t = torch.where(at < 6, special[at.clamp(max=5)], t.float())
-    t = t.to(dtype)
-    if dtype in (torch.float32, torch.float64, torch.bfloat16) and kind == "ties":
-        # NaN of several payloads and signs
-        where = bits(t.isnan()).bool() & (torch.rand(shape, generator=generator) < 0.5)
-        other = bits(t) ^ (-(2 ** (8 * t.element_size() - 1)) + 5)
-        t = torch.where(where, other, bits(t)).view(dtype)
-    return t
-
-
-def draw_axis(draw, size):
-    while True:
-        kernel = draw.choice([1, 2, 2, 3, 3, 4, 5, 7, 11, 13])
-        stride, dilation = draw.choice([1, 1, 2, 2, 3, 4, 5]), draw.choice([1, 1, 1, 2, 3])
-        padding = draw.randint(0, kernel // 2)
-        if size + 2 * padding >= dilation * (kernel - 1) + 1:
-            return kernel, stride, padding, dilation
-
-
-def draw_case(draw):
-    dims = draw.choice([1, 2, 2, 2, 2, 3])
-    largest = {1: 200, 2: 45, 3: 12}[dims]
-    sizes = [draw.randint(3, largest) for _ in range(dims)]
-    axes = [draw_axis(draw, size) for size in sizes]
-    kernel, stride, padding, dilation = (list(a) for a in zip(*axes, strict=True))
-    channels = draw.choice([1, 2, 3, 5, 16, 33])
-    return (
-        (draw.choice([1, 2]), channels, *sizes),
-        {
-            "kernel_size": kernel,
-            "stride": stride,
-            "padding": padding,
-            "dilation": dilation,
-            "ceil_mode": draw.random() < 0.3,
-        },
-    )
-
-
-def functions(shape):
-    name = f"max_pool{len(shape) - 2}d"
-    return getattr(F, name), getattr(torch.nn.functional, name)
-
-
-def in_format(draw, t):
-    if t.dim() in FORMATS and draw.random() < 0.4:
-        return t.contiguous(memory_format=FORMATS[t.dim()])
-    return t
-
-
-@pytest.mark.parametrize("row", FAST)
-@pytest.mark.parametrize("seed", range(120))
-def test_random_forward(seed, row):
-    draw = random.Random(seed)
-    shape, arguments = draw_case(draw)
-    ours, theirs = functions(shape)
-    dtype = draw.choice(FLOATS + [torch.float32] * 2 + INTEGERS)
-    generator = torch.Generator().manual_seed(seed)
-    x = in_format(draw, values(generator, shape, dtype, draw.choice(["ties", "normal", "lowest"])))
-    what = f"{shape} {dtype} {arguments}"
-    with threads(draw.choice([1, 2, 3])):
-        got, chosen = ours(x, **arguments, return_indices=True, impl=row)
-        alone = ours(x, **arguments, impl=row)
-        last = ours(x, **arguments, return_indices=True, ties="last", impl=row)
-    expected, indices = ours(x, **arguments, return_indices=True, impl="naive")
-    assert_same_bits(got, expected, what)
-    assert_same_bits(chosen, indices, what)
-    assert_same_bits(alone, expected, what)
-    for a, b in zip(
-        last, ours(x, **arguments, return_indices=True, ties="last", impl="naive"), strict=True
-    ):
-        assert_same_bits(a, b, what)
-    if dtype in (torch.float32, torch.float64):
-        # torch's own paths for other types and 5-D channels_last have gaps; this one is the rule.
-        values_of_torch, indices_of_torch = theirs(x.contiguous(), **arguments, return_indices=True)
-        # Where a dilated window misses the input, torch's index is not defined.
-        missed = chosen < 0
-        assert_same_bits(chosen, indices_of_torch.masked_fill(missed, -1), what)
-        assert_same_up_to_nan(got, values_of_torch, what)
-
-
-@pytest.mark.parametrize("row", FAST)
-@pytest.mark.parametrize("seed", range(80))
-def test_random_backward(seed, row):
-    draw = random.Random(1000 + seed)
-    shape, arguments = draw_case(draw)
-    ours, theirs = functions(shape)
-    dtype = draw.choice([*FLOATS, torch.float32])
-    generator = torch.Generator().manual_seed(seed)
-    x = in_format(draw, values(generator, shape, dtype, draw.choice(["ties", "normal"])))
-    flat, kind = draw.random() < 0.5, draw.choice(["ties", "normal", "normal"])
-    what = f"{shape} {dtype} {arguments} flat={flat}"
-
-    def gradients(function, **more):
-        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
-        out = function(leaf, **arguments, return_indices=flat, **more)
-        out = out[0] if flat else out
-        (grad,) = torch.autograd.grad(out, leaf, weights.to(out.dtype))
-        return grad
-
-    weights = values(generator, ours(x, **arguments).shape, dtype, kind)
-    weights = in_format(draw, weights)
-    with threads(draw.choice([1, 2, 3])):
-        got = gradients(ours, impl=row)
-    assert_same_bits(got, gradients(ours, impl="naive"), what)
-    if kind == "normal" and dtype in (torch.float32, torch.float64):
-        torch.testing.assert_close(got, gradients(theirs), msg=what)
 
 
 # Sizes at the seams of the gradient kernels: rows shorter and longer than a vector, one left over.
@@ -199,7 +41,7 @@ SEAMS = [
 @pytest.mark.parametrize("seam", SEAMS)
 def test_gradient_at_the_seams(seam, layout, row):
     shape, kernel, stride, padding = seam
-    pool, _ = functions(shape)
+    pool = getattr(F, f"max_pool{len(shape) - 2}d")
     generator = torch.Generator().manual_seed(len(shape) + shape[-1])
     for dtype in FLOATS:
         x = values(generator, shape, dtype, "ties")
@@ -225,7 +67,7 @@ def test_gradient_at_the_seams(seam, layout, row):
 def test_indices_made_by_hand(shape, kernel, stride, padding, row):
     """No offset reads or writes out of bounds, and one that names no tap is nobody's."""
     dims = len(shape) - 2
-    ours, _ = functions(shape)
+    ours = getattr(F, f"max_pool{dims}d")
     generator = torch.Generator().manual_seed(0)
     out = ours(torch.zeros(shape), kernel, stride, padding)
     grad = torch.randn(out.shape, generator=generator)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tensors import same, threads
 
 from torch_naiveconv import audit, conformance
 from torch_naiveconv import functional as F
@@ -115,23 +116,6 @@ class Problem:
 problems = st.integers(0, 2**40).map(Problem)
 large_problems = st.integers(0, 2**40).map(lambda seed: Problem(seed, large=True))
 ops = st.sampled_from(OPS)
-
-
-def same(a, b):
-    """Equal shapes and bits."""
-    return a.shape == b.shape and torch.equal(
-        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
-    )
-
-
-@contextlib.contextmanager
-def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_every_promise_has_its_test():

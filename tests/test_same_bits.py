@@ -3,32 +3,11 @@
 Hard values are everywhere: subnormals, signed zeros, infinities and NaN.
 """
 
-import contextlib
-
 import pytest
 import torch
+from tensors import FLOATS, INTEGERS, same, threads
 
 from torch_naiveconv import functional as F
-
-FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-INTEGERS = [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8]
-
-
-@contextlib.contextmanager
-def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def same(a, b):
-    """Equal bits, NaN included."""
-    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    a, b = (t.contiguous().view(sizes[t.element_size()]) for t in (a, b))
-    return a.shape == b.shape and torch.equal(a, b)
 
 
 def values(shape, dtype, seed, hard=False):
