@@ -34,7 +34,8 @@ def draw(ops: list[str], seed: int, number: int) -> tuple[str, int, Any]:
 
 
 def work(ops: list[str], seed: int, cases: float, until: float, begun: Any) -> None:
-    while begun.value < cases and time.monotonic() < until:
+    parent = multiprocessing.parent_process()
+    while begun.value < cases and time.monotonic() < until and parent and parent.is_alive():
         op, _, case = draw(ops, seed, begun.value)
         begun.value += 1
         try:
