@@ -71,6 +71,8 @@ NAMED = {
     "pairs of phases, one shorter": (3, 40, 70, 1, [(21, 3, 2, 1, 1, 1), (45, 5, 2, 1, 2, 2)]),
     "pairs of phases, one channel": (5, 1, 2, 1, [(1, 2, 1, 1, 1, 1), (5, 7, 2, 1, 3, 3)]),
     "pairs of phases, one channel, many": (2, 1, 40, 1, [(9, 3, 2, 1, 1, 1), (7, 3, 2, 1, 1, 1)]),
+    "pairs of phases, rows of three": (5, 1, 20, 1, [(12, 5, 1, 1, 1, 0), (3, 2, 2, 1, 1, 3)]),
+    "pairs of phases, three by three": (2, 1, 2, 1, [(6, 7, 2, 1, 3, 0), (3, 5, 2, 1, 1, 1)]),
     "a stride longer than the image": (2, 3, 12, 3, [(1, 7, 2, 1, 3, 3), (20, 5, 1, 1, 1, 0)]),
     "planes that crowd the cache": (1, 40, 40, 1, [(32, 3, 1, 1, 1, 1)] * 2),
     "pointwise, every second row": (1, 20, 20, 1, [(20, 1, 2, 1, 0, 0), (56, 1, 2, 1, 0, 0)]),
