@@ -48,6 +48,21 @@ def _autograd_kernel(rules: type[_Rules]) -> Callable[..., Any]:
     return kernel
 
 
+def _forward(op: Any) -> Callable[..., Any]:
+    """The operator without its autograd kernel, which is what called."""
+    run, below_autograd = op._op, ops.below_autograd
+
+    def forward(*args: Any) -> Any:
+        if _functorch_level() is None:
+            with below_autograd():
+                return run(*args)
+        # Other levels of torch.func lie below this one, and differentiate too.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), below_autograd():
+            return op(*args)
+
+    return forward
+
+
 def _with_lower_levels(jvp: Callable[..., Any]) -> Callable[..., Any]:
     """torch calls `jvp` with forward mode off, which would lose the tangents of a jvp around it."""
 
@@ -63,6 +78,12 @@ def _primals(ctx: Any) -> tuple[Any, ...]:
     return tuple(
         None if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors
     )
+
+
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    ctx.save_for_backward(*tensors)
+    if transforms_active():
+        ctx.save_for_forward(*tensors)
 
 
 def _also_over_nothing(vmap: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,21 +111,16 @@ class _Rules(_SingleLevelFunction):
 
     op: Any
     tensors: int
+    rest: tuple[None, ...]  # the gradients of all other arguments
     apply: Any  # of the base class, which works at one level of torch.func
+    forward: Any
     jvp: Any
     vmap: Any
 
-    @classmethod
-    def forward(cls, *args: Any) -> Any:
-        if _functorch_level() is None:
-            with ops.below_autograd():
-                return cls.op._op(*args)
-        # Other levels of torch.func lie below this one, and differentiate too.
-        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), ops.below_autograd():
-            return cls.op(*args)
-
     @staticmethod
     def register(cls: type[_Rules]) -> type[_Rules]:
+        cls.rest = (None,) * (len(cls.op._schema.arguments) - cls.tensors)
+        cls.forward = staticmethod(_forward(cls.op))
         cls.jvp = staticmethod(_with_lower_levels(cls.jvp))
         # Not torch.library.register_autograd: its kernel drops the tangents of forward mode.
         LIBRARY.impl(cls.op._schema.name, _autograd_kernel(cls), "Autograd")
@@ -114,14 +130,8 @@ class _Rules(_SingleLevelFunction):
     @classmethod
     def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         saved = [arg for arg in inputs if arg is None or isinstance(arg, Tensor)]
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
+        _save(ctx, *saved)
         ctx.arguments = inputs[len(saved) :]
-
-    @classmethod
-    def pad(cls, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of the tensors, then None for every other argument."""
-        return (*grads, *(None,) * len(ctx.arguments))
 
 
 def _sum(*terms: Tensor | None) -> Tensor | None:
@@ -178,16 +188,16 @@ class Conv(_Rules):
         needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         grad_input = grad_weight = grad_bias = None
         if needs_input:
-            size = input.shape[2:]
+            size = list(input.shape)[2:]  # not a torch.Size, which operators are slow to read
             grad_input = conv_grad_input(grad, weight, None, size, geometry, groups, impl)
         if needs_weight:
-            size, channels_last = weight.shape[2:], ops.is_channels_last(weight)
+            size, channels_last = list(weight.shape)[2:], ops.is_channels_last(weight)
             grad_weight = conv_grad_weight(
                 grad, input, None, size, geometry, groups, channels_last, impl
             )
         if needs_bias:
             grad_bias = conv_grad_bias(grad, None, impl)
-        return Conv.pad(ctx, grad_input, grad_weight, grad_bias)
+        return grad_input, grad_weight, grad_bias, *Conv.rest
 
     @staticmethod
     def jvp(ctx: Any, d_input: Any, d_weight: Any, d_bias: Any, *_: Any) -> Tensor | None:
@@ -242,7 +252,7 @@ class ConvGradInput(_Rules):
                 grad_output,
                 grad,
                 None,
-                list(weight.shape[2:]),
+                list(weight.shape)[2:],
                 geometry,
                 groups,
                 ops.is_channels_last(weight),
@@ -250,7 +260,7 @@ class ConvGradInput(_Rules):
             )
         if bias is not None and needs[2]:
             d_bias = conv_grad_bias(grad, None, impl)
-        return ConvGradInput.pad(ctx, d_grad_output, d_weight, d_bias)
+        return d_grad_output, d_weight, d_bias, *ConvGradInput.rest
 
     @staticmethod
     def jvp(ctx: Any, d_grad_output: Any, d_weight: Any, d_bias: Any, *_: Any) -> Tensor | None:
@@ -327,11 +337,10 @@ class ConvGradWeight(_Rules):
             d_grad_output = _conv_like(grad_output, input, weight, geometry, groups, impl)
         if needs[1]:
             d_input = conv_grad_input(
-                grad_output, weight, None, list(input.shape[2:]), geometry, groups, impl
+                grad_output, weight, None, list(input.shape)[2:], geometry, groups, impl
             )
-        return ConvGradWeight.pad(
-            ctx, d_grad_output, d_input, grad if total is not None and needs[2] else None
-        )
+        d_total = grad if total is not None and needs[2] else None
+        return d_grad_output, d_input, d_total, *ConvGradWeight.rest
 
     @staticmethod
     def jvp(ctx: Any, d_grad_output: Any, d_input: Any, d_total: Any, *_: Any) -> Tensor | None:
@@ -379,9 +388,8 @@ class ConvGradBias(_Rules):
                 .view(1, -1, *(1,) * (grad_output.dim() - 2))
                 .expand(grad_output.shape)
             )
-        return ConvGradBias.pad(
-            ctx, d_grad_output, grad if total is not None and ctx.needs_input_grad[1] else None
-        )
+        d_total = grad if total is not None and ctx.needs_input_grad[1] else None
+        return d_grad_output, d_total, *ConvGradBias.rest
 
     @staticmethod
     def jvp(ctx: Any, d_grad_output: Any, d_total: Any, *_: Any) -> Tensor | None:
@@ -415,12 +423,11 @@ class MaxPool(_Rules):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         input, *ctx.arguments = inputs
         window, _output_size, ties, _indices, impl = ctx.arguments
-        ctx.scatter = list(input.shape[2:]), window, ties, impl
+        ctx.scatter = list(input.shape)[2:], window, ties, impl
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)  # else every backward fills zeros as large as the indices
         chosen = input if ties in ("all", "split") else output[1]
-        ctx.save_for_backward(chosen)
-        ctx.save_for_forward(chosen)
+        _save(ctx, chosen)
 
     @staticmethod
     def chosen(saved: tuple[Tensor, ...]) -> Tensor:
@@ -435,9 +442,9 @@ class MaxPool(_Rules):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
         if grad is None:
-            return MaxPool.pad(ctx, None)
+            return None, *MaxPool.rest
         chosen = MaxPool.chosen(ctx.saved_tensors)
-        return MaxPool.pad(ctx, max_pool_scatter(grad, chosen, *ctx.scatter))
+        return max_pool_scatter(grad, chosen, *ctx.scatter), *MaxPool.rest
 
     @staticmethod
     def jvp(ctx: Any, d_input: Tensor, *_: Any) -> Any:
@@ -475,9 +482,8 @@ class _IndexedMap(_Rules):
     @classmethod
     def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         values, index, *ctx.arguments = inputs
-        ctx.spatial = list(values.shape[2:])
-        ctx.save_for_backward(index)
-        ctx.save_for_forward(index)
+        ctx.spatial = list(values.shape)[2:]
+        _save(ctx, index)
 
 
 @_Rules.register
@@ -488,7 +494,7 @@ class MaxPoolScatter(_IndexedMap):
     def backward(ctx: Any, grad: Tensor) -> Any:
         (index,) = ctx.saved_tensors
         _size, *rest = ctx.arguments
-        return MaxPoolScatter.pad(ctx, max_pool_gather(grad, index, ctx.spatial, *rest), None)
+        return max_pool_gather(grad, index, ctx.spatial, *rest), None, *MaxPoolScatter.rest
 
     @staticmethod
     def jvp(ctx: Any, d_values: Tensor, *_: Any) -> Tensor:
@@ -505,7 +511,7 @@ class MaxPoolGather(_IndexedMap):
     def backward(ctx: Any, grad: Tensor) -> Any:
         (index,) = ctx.saved_tensors
         _size, *rest = ctx.arguments
-        return MaxPoolGather.pad(ctx, max_pool_scatter(grad, index, ctx.spatial, *rest), None)
+        return max_pool_scatter(grad, index, ctx.spatial, *rest), None, *MaxPoolGather.rest
 
     @staticmethod
     def jvp(ctx: Any, d_values: Tensor, *_: Any) -> Tensor:
@@ -520,7 +526,7 @@ class MaxUnpool(_IndexedMap):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return MaxUnpool.pad(ctx, max_unpool_gather(grad, ctx.saved_tensors[0]), None)
+        return max_unpool_gather(grad, ctx.saved_tensors[0]), None, *MaxUnpool.rest
 
     @staticmethod
     def jvp(ctx: Any, d_values: Tensor, *_: Any) -> Tensor:
@@ -535,7 +541,7 @@ class MaxUnpoolGather(_IndexedMap):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return MaxUnpoolGather.pad(ctx, max_unpool(grad, ctx.saved_tensors[0], ctx.spatial), None)
+        return max_unpool(grad, ctx.saved_tensors[0], ctx.spatial), None
 
     @staticmethod
     def jvp(ctx: Any, d_values: Tensor, *_: Any) -> Tensor:
