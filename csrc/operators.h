@@ -286,7 +286,8 @@ Tensor set_index(PoolProblem& problem, const Tensor& index_any, const Tensor& li
     const int64_t taps = problem.shape.taps();  // kernels list them for every value of a byte
     STD_TORCH_CHECK(
         problem.kind == IndexKind::flat || problem.index_type >= offset_type(taps).first,
-        "torch_naiveconv: index has a type too small for a window of ", taps, " taps");
+        "torch_naiveconv: index is ", index.scalar_type() == ScalarType::Byte ? "uint8" : "int16",
+        ", too small for a window of ", taps, " taps: pass ", taps <= 32767 ? "int16" : "int32");
   }
   problem.index = view_of(index);
   return index;

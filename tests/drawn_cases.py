@@ -39,13 +39,12 @@ class Axis(NamedTuple):
     after: int = 0
 
     @property
-    def room(self):
-        """How far a window can move; negative if none fits."""
-        return self.size + self.before + self.after - self.dilation * (self.kernel - 1) - 1
-
-    @property
     def out(self):
-        return max(self.room // self.stride + 1, 0)
+        """0 where no window fits."""
+        out = ops.conv_output_size(
+            self.size, self.kernel, self.stride, self.before, self.after, self.dilation
+        )
+        return max(out, 0)
 
 
 def column(axes, name):
@@ -58,25 +57,38 @@ def geometry(axes):
     return [*column(axes, "stride"), *pads, *column(axes, "dilation")]
 
 
-def compare(case, row, calls, expected):
-    """Calls a row for everything that naive returned, and compares tensor by tensor."""
-    for name, call in calls.items():
-        for result in expected[name]:
-            spoil_memory(result)
-        what = f"{name} of row {row}, {case}\n"
-        try:
-            results = call(row)
-        except RuntimeError as error:
-            raise AssertionError(f"{what}: {error}") from error
-        for got, want in zip(results, expected[name], strict=True):
-            assert_same_bits(got, want, what)
+def compare(case, row, name, call, expected):
+    """One call of a row, tensor by tensor against what naive returned."""
+    for result in expected:
+        spoil_memory(result)
+    what = f"{name} of row {row}, {case}\n"
+    try:
+        results = call(row)
+    except RuntimeError as error:
+        raise AssertionError(f"{what}: {error}") from error
+    for got, want in zip(results, expected, strict=True):
+        assert_same_bits(got, want, what)
+
+
+class Case:
+    """What both kinds of case share: their fields are their own."""
+
+    def check(self, rows):
+        """Every call of ``calls()``, a function of a row each; returns what naive gave them."""
+        calls = self.calls()
+        expected = {name: call("naive") for name, call in calls.items()}
+        with threads(self.threads):
+            for row in rows:
+                for name, call in calls.items():
+                    compare(self, row, name, call, expected[name])
+        return expected
 
 
 # ---- convolution -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class ConvCase:
+class ConvCase(Case):
     seed: int  # of the values
     dtype: torch.dtype
     batch: int
@@ -126,13 +138,6 @@ class ConvCase:
             ],
             "grad_bias": lambda row: [ops.conv_grad_bias(g, None, row)],
         }
-
-    def check(self, rows):
-        calls = self.calls()
-        expected = {name: call("naive") for name, call in calls.items()}
-        with threads(self.threads):
-            for row in rows:
-                compare(self, row, calls, expected)
 
 
 def draw_channels(draw):
@@ -211,7 +216,7 @@ def draw_conv(seed):
             batch, channels, filters = draw.choice(
                 [(0, channels, filters), (batch, 0, filters), (batch, channels, 0)]
             )
-        elif any(axis.room < 0 for axis in axes):
+        elif any(axis.out == 0 for axis in axes):
             continue
         case = ConvCase(
             seed,
@@ -236,7 +241,7 @@ def draw_conv(seed):
 
 
 @dataclass(frozen=True)
-class PoolCase:
+class PoolCase(Case):
     seed: int  # of the values
     dtype: torch.dtype
     batch: int
@@ -322,12 +327,10 @@ class PoolCase:
         }
 
     def check(self, rows):
-        calls = self.calls()
-        expected = {name: call("naive") for name, call in calls.items()}
+        expected = super().check(rows)
         with threads(self.threads):
-            for row in rows:
-                compare(self, row, calls, expected)
             check_unpool(self, *expected["forward with positions"])
+        return expected
 
 
 def offsets_by_hand(generator, shape, dtype, taps):

@@ -182,17 +182,19 @@ inline ConvProblem swapped(const ConvProblem& p) {
   return q;
 }
 
-// Is some input of a term padding, but of no output all of them?
-inline bool can_skip_padding(const ConvShape& s) {
-  bool some = false;
-  for (const Axis& a : s.axis)
+// The share of the products that read padding; 0 if those of some output do nothing else.
+inline double share_of_padding(const ConvShape& s) {
+  double inside = 1;
+  for (const Axis& a : s.axis) {
+    int64_t all = 0;
     for (int64_t o = 0; o < a.out; ++o) {
-      int64_t inside = 0;
-      for (int64_t k = 0; k < a.kernel; ++k) inside += a.holds_input(a.input_of(o, k));
-      if (inside == 0) return false;
-      some = some || inside < a.kernel;
+      const int64_t before = all;
+      for (int64_t k = 0; k < a.kernel; ++k) all += a.holds_input(a.input_of(o, k));
+      if (all == before) return 0;
     }
-  return some;
+    inside *= static_cast<double>(all) / static_cast<double>(a.out * a.kernel);
+  }
+  return 1 - inside;
 }
 
 template <class S>
@@ -213,7 +215,8 @@ bool dense_grad_weight(const ConvProblem& p) {
   }
   // A product of padding and an infinity or a NaN is a NaN: it may be left out only of a finite
   // gradient. One that is not finite shows, since each output reads the image with some tap.
-  if (is_half_type<S> || s.group_in() < 16 || !can_skip_padding(s))
+  // 16-bit types are copied to be widened in any case, and gain only by what is left out.
+  if (s.group_in() < 16 || share_of_padding(s) <= (is_half_type<S> ? 0.04 : 0))
     return multiply_windows<S>(p, false, special);
   return (multiply_windows<S>(p, true, special) && (!special || gradient_is_finite<S>(p))) ||
          multiply_windows<S>(p, false, special);

@@ -72,14 +72,17 @@ void each_run(const ConvShape& s, int64_t first, int64_t last, const Use& use) {
   }
 }
 
-// Lists the pixels [first, last) as terms, group after group: where the window of each begins in
-// the image or the patch, and the number in its group. Two chains take turns. With a `tap` (of
-// three axes; not with two chains) only those pixels for which it reads inside of the image.
+// Lists the pixels [first, last) as terms, group after group and chain after chain: where the
+// window of each begins in the image or the patch, and the number in its group. With a `tap` (of
+// three axes) only those pixels for which it reads inside of the image. `length[g * Chains + c]`
+// counts.
 template <int Chains, int64_t Group>
 void list_pixels(const ConvShape& s, const Bands& bands, int64_t first, int64_t last,
                  const PatchLayout& layout, bool patched, const int64_t* tap, Term* term,
-                 int64_t* terms_of) {
-  for (int64_t g = 0; g < up(last - first, Group); ++g) terms_of[g] = 0;
+                 int32_t* length) {
+  constexpr int64_t longest = Group / Chains;  // terms of a chain
+  const int64_t groups = up(last - first, Group);
+  for (int64_t g = 0; g < groups * Chains; ++g) length[g] = 0;
   const Axis& row = s.axis[2];
   for (int b = 0; b < bands.count; ++b) {
     const Bands::Band& band = bands.band[b];
@@ -99,18 +102,23 @@ void list_pixels(const ConvShape& s, const Bands& bands, int64_t first, int64_t 
       while (i < run) {
         const int64_t g = (pixel + i - first) / Group, group_first = first + g * Group;
         const int64_t end = least(run, group_first + Group - pixel);
-        const int64_t odd = up(least(Group, last - group_first), 2);
         const auto step = static_cast<int32_t>(row.stride * layout.axis[2]);
         auto in_place = static_cast<int32_t>(from + i * step);
         auto number = static_cast<int32_t>(pixel + i - group_first);
         Term* const to = term + g * Group;
-        int64_t t = terms_of[g];
-        for (; i < end; ++i, ++number, in_place += step)
-          to[Chains == 1 ? t++ : number / 2 + number % 2 * odd] = {in_place, number};
-        terms_of[g] = Chains == 1 ? t : number;
+        int32_t count[Chains];
+        for (int c = 0; c < Chains; ++c) count[c] = length[g * Chains + c];
+        for (; i < end; ++i, ++number, in_place += step) {
+          const int chain = number % Chains;
+          to[chain * longest + count[chain]++] = {in_place, number};
+        }
+        for (int c = 0; c < Chains; ++c) length[g * Chains + c] = count[c];
       }
     });
   }
+  if constexpr (Chains == 2)
+    for (int64_t g = 0; g < groups; ++g, term += Group, length += Chains)
+      for (int32_t i = 0; i < length[1]; ++i) term[length[0] + i] = term[longest + i];
 }
 
 // One call as a product: its plan, which the threads share, and what a task does. A task is a block
@@ -160,7 +168,7 @@ class WindowProduct {
 
   // Does a row point into the image or into a patch?
   void choose_layout() {
-    patched_ = is_half_type<S>;
+    patched_ = widens;
     int64_t image_reach = 0, grad_reach = 0;
     for (int a = 0; a < 3; ++a) {
       const Axis& axis = s_.axis[a];
@@ -196,8 +204,8 @@ class WindowProduct {
     // Rows can be shared, tile by tile, where a thread packs nothing for that, or little.
     const int64_t tasks = work_ > worthwhile_products ? threads : 1;
     const bool few_channels = s_.group_in() < 4 * threads;
-    const bool shares_rows =
-        skip_padding_ || (panels_in_place_ && few_channels && s_.group_in() * taps_ >= 8 * threads);
+    const bool shares_rows = (skip_padding_ && !patched_) || (panels_in_place_ && few_channels &&
+                                                              s_.group_in() * taps_ >= 8 * threads);
     if (!shares_rows) share_samples(threads, patch_channels);
     if (tasks > s_.groups && !shared() && !(shares_rows && panels_in_place_))
       // Few channels would share badly: then vectors of lanes are shared one by one.
@@ -267,7 +275,7 @@ class WindowProduct {
     int32_t* order;      // of the rows that are stored: where their totals are
     Term* term;          // list after list
     int32_t* lane_offset;
-    int64_t* terms_of;     // of each group of each list
+    int32_t* length;       // terms of each chain of each group of each list
     bool special = false;  // was an infinity or a NaN stored?
   };
   struct Block {  // of a task: lanes, input channels, samples
@@ -305,7 +313,7 @@ class WindowProduct {
                 Arena::bytes_for<const T*>(rows) + Arena::bytes_for<int64_t>(rows) +
                 Arena::bytes_for<int32_t>(rows) + Arena::bytes_for<Term>(lists_ * table_size()) +
                 Arena::bytes_for<int32_t>(table_size()) +
-                Arena::bytes_for<int64_t>(lists_ * chunk_groups_));
+                Arena::bytes_for<int32_t>(lists_ * chunk_groups_ * K::chains));
     Workspace w;
     w.totals = arena.take<T>(totals);
     if (shared()) w.totals = shared_total_;
@@ -317,7 +325,7 @@ class WindowProduct {
     w.order = arena.take<int32_t>(rows);
     w.term = arena.take<Term>(lists_ * table_size());
     w.lane_offset = arena.take<int32_t>(table_size());
-    w.terms_of = arena.take<int64_t>(lists_ * chunk_groups_);
+    w.length = arena.take<int32_t>(lists_ * chunk_groups_ * K::chains);
     zero_run(w.no_bias, lanes);
     return w;
   }
@@ -477,7 +485,7 @@ class WindowProduct {
       const int64_t tap[3] = {list / kw / kh, list / kw % kh, list % kw};
       list_pixels<K::chains, K::group>(s_, bands, first, last, c.layout, patched_,
                                        skip_padding_ ? tap : nullptr, w.term + list * table_size(),
-                                       w.terms_of + list * chunk_groups_);
+                                       w.length + list * chunk_groups_ * K::chains);
     }
   }
 
@@ -513,12 +521,11 @@ class WindowProduct {
           continue;
         }
       for (int64_t list = 0; list < lists_; ++list) {
-        const int64_t some = w.terms_of[list * chunk_groups_ + t / K::group];
-        const int32_t length[max_chains] = {static_cast<int32_t>(up(some, K::chains)),
-                                            static_cast<int32_t>(some / 2)};
+        const int32_t* const length = w.length + (list * chunk_groups_ + t / K::group) * K::chains;
         const int64_t all = b.channels * taps_ / lists_, first = list * all - b.first_row;
         const int64_t row0 = most(first, 0), rows = least(first + all, b.rows) - row0;
-        if (rows > 0 && (some > 0 || !resume))
+        const bool some = length[0] > 0 || length[K::chains - 1] > 0;
+        if (rows > 0 && (some || !resume))
           multiply_rows<T, K::chains>(w.row + row0, rows, w.term + list * table_size() + t, length,
                                       panel, tile.vecs, to + row0 * tile.vecs * L, resume);
       }
