@@ -167,20 +167,14 @@ Images<S> images_of(const ConvProblem& p) {
           .kernel = {s.axis[0].kernel, s.axis[1].kernel, s.axis[2].kernel}};
 }
 
-// Few channels would leave most of a vector empty: then rather have vectors of pixels. So would an
-// odd vector of channels leave registers: fewer than 8 chains wait for themselves. And vectors of
-// what lies side by side in the result are stored as they are.
+// Few channels would leave most of a vector empty: then rather have vectors of pixels. And vectors
+// of what lies side by side in the result are stored as they are.
 template <class S>
 bool has_vectors_of_pixels(const Images<S>& call, const GridAxis (&grid)[3]) {
   using T = typename Kind<S>::T;
-  using Size = TileSize<T, Kind<S>::chains>;
   constexpr int L = Vec<T>::lanes;
-  const int64_t vecs = up(call.lanes, L), pixels = grid[2].count;
-  const int64_t tiles = up(vecs, most_vecs<T, Kind<S>::chains>());
-  int64_t slots = 0;
-  for (int64_t i = 0; i < tiles; ++i)
-    slots += most(Size::rows * (cut_at(vecs, tiles, i + 1) - cut_at(vecs, tiles, i)), 8);
-  const double channels_used = double(call.lanes * Size::rows) / double(slots * L);
+  const int64_t pixels = grid[2].count;
+  const double channels_used = double(call.lanes) / double(up(call.lanes, L) * L);
   const double pixels_used = double(pixels) / double(up(pixels, L) * L);
   if (grid[2].image_step > (call.image_stride[4] == 1 ? 2 : 1)) return false;
   if (call.target_stride[1] == 1) return pixels_used > 2 * channels_used;
@@ -300,7 +294,7 @@ inline int64_t cost_of(const Cut& d, const Cut& h, const Cut& w, int64_t samples
                              (wide ? up(width, lanes) : width);
         const int64_t rest = rows % tile_rows;
         cost += d.stretch[i].taps * h.stretch[j].taps * w.stretch[k].taps *
-                (rows - rest + (rest > 0 ? most(rest, 4) : 0));
+                (rows - rest + (rest > 0 ? most(rest, least(4, tile_rows)) : 0));
       }
   return cost;
 }

@@ -19,18 +19,24 @@ constexpr int max_chains = 2;
 
 template <class T, int Chains>
 struct TileSize {  // at most
-  static constexpr int vecs = Vec<T>::registers == 32 ? 4 : 2;
-  static constexpr int rows = (Vec<T>::registers == 32 ? 8 : 6) / Chains;
-  // The chains, the lanes and a row have to fit the registers.
-  static constexpr int rows_of(int64_t some_vecs) { return some_vecs == 4 ? 6 / Chains : rows; }
+  static constexpr int registers = Vec<T>::registers;
+  static constexpr int vecs = registers == 32 ? 4 : 2;
 
-  // Of a wide tile: vectors that go with a number of rows, so that the chains, all lanes and a row,
-  // or all rows and a lane, fit the registers: one chain in memory would halve the speed.
-  static constexpr int wide_vecs(int some_rows) {
-    const int all_lanes = (Vec<T>::registers - 1) / (some_rows * Chains + 1);
-    const int all_rows = (Vec<T>::registers - 1 - some_rows) / (some_rows * Chains);
+  // The chains, the lanes and a row have to fit the registers. Of two chains the first waits in
+  // memory, so that more sums go side by side; with 32 registers there are enough with both.
+  static constexpr int rows_of(int some_vecs) {
+    const int fit = (registers - 1 - some_vecs) / (some_vecs * (registers == 32 ? Chains : 1));
+    return fit > 8 ? 8 : fit;
+  }
+  // Of a wide tile, and the vectors that go with a number of rows, so that the chains, all lanes
+  // and a row, or all rows and a lane, fit the registers: a chain in memory that is added to would
+  // halve the speed. The first of two waits there, unless the terms are too few.
+  static constexpr int wide_rows = registers == 32 ? 8 : 6;
+  static constexpr int wide_vecs(int rows) {
+    const int all_lanes = (registers - 1) / (rows + 1);
+    const int all_rows = (registers - 1 - rows) / rows;
     const int fit = all_lanes > all_rows ? all_lanes : all_rows;
-    return fit > 8 / Chains ? 8 / Chains : fit;
+    return fit > 8 ? 8 : fit;
   }
 };
 
@@ -250,7 +256,7 @@ TNC_INLINE Tiles<T> wide_tile_within(int64_t limit, int& vecs) {
   vecs = Vecs;
   return multiply_tiles<T, Chains, Rows, Vecs, true>;
 }
-template <class T, int Chains, int Rows = TileSize<T, Chains>::rows>
+template <class T, int Chains, int Rows = TileSize<T, Chains>::wide_rows>
 TNC_INLINE Tiles<T> wide_tile_of(int rows, int64_t limit, int& vecs) {
   if constexpr (Rows > 1) {
     if (rows < Rows) return wide_tile_of<T, Chains, Rows - 1>(rows, limit, vecs);
@@ -291,12 +297,14 @@ void multiply_rows(const T* const* row, int64_t rows, const Term* terms, const i
 }
 
 // The wide tiles of `rows` rows that cover `vectors` vectors: use(tile, first vector, number of
-// tiles, their width) for each run of equal ones.
+// tiles, their width) for each run of equal ones. With few terms two chains both fit the registers.
 template <class T, int Chains, class Use>
-TNC_INLINE void each_wide_run(int rows, int64_t vectors, const Use& use) {
+TNC_INLINE void each_wide_run(int rows, int64_t vectors, bool few, const Use& use) {
+  const int widest = TileSize<T, Chains>::wide_vecs(rows) / (few ? Chains : 1);
   int vecs = 0;
   for (int64_t v = 0; v < vectors;) {
-    const Tiles<T> tile = wide_tile_of<T, Chains>(rows, vectors - v, vecs);
+    const int64_t limit = vectors - v < widest ? vectors - v : widest;
+    const Tiles<T> tile = wide_tile_of<T, Chains>(rows, limit, vecs);
     const int64_t tiles = (vectors - v) / vecs;
     use(tile, v, tiles, vecs);
     v += tiles * vecs;
@@ -309,7 +317,7 @@ TNC_INLINE void each_wide_run(int rows, int64_t vectors, const Use& use) {
 template <class T, int Chains>
 void multiply_vectors(const T* const* vector, int64_t vectors, const Term* terms,
                       const int32_t* length, const T* panel, int rows, T* total, bool resume,
-                      int64_t at_once, const Finish<T>* finish) {
+                      bool few, int64_t at_once, const Finish<T>* finish) {
   Group group = resume ? Group::next : Group::first;
   int64_t left = length[0];
   do {
@@ -317,7 +325,7 @@ void multiply_vectors(const T* const* vector, int64_t vectors, const Term* terms
                                       Chains == 2 ? length[1] : 0};
     left -= some[0];
     const Finish<T>* const closes = left == 0 ? finish : nullptr;
-    each_wide_run<T, Chains>(rows, vectors, [&](Tiles<T> tile, int64_t v, int64_t tiles, int) {
+    each_wide_run<T, Chains>(rows, vectors, few, [&](Tiles<T> tile, int64_t v, int64_t tiles, int) {
       Finish<T> rest = closes ? *closes : Finish<T>{};
       if (closes) rest.position += v;
       tile(tiles, vector + v, terms, some, panel, total + v * rows * Vec<T>::lanes, group,
@@ -409,9 +417,9 @@ TNC_INLINE auto runs_of(int vecs) {
   using Size = TileSize<T, 1>;
   if constexpr (Size::vecs == 4) {
     if (vecs == 4) return multiply_runs<T, Size::rows_of(4), 4>;
-    if (vecs == 3) return multiply_runs<T, Size::rows, 3>;
+    if (vecs == 3) return multiply_runs<T, Size::rows_of(3), 3>;
   }
-  return vecs == 2 ? multiply_runs<T, Size::rows, 2> : multiply_runs<T, Size::rows, 1>;
+  return vecs == 2 ? multiply_runs<T, Size::rows_of(2), 2> : multiply_runs<T, Size::rows_of(1), 1>;
 }
 
 // A tile of a group whose rows lie side by side, as its lanes do, both read in place: the channels
