@@ -76,6 +76,13 @@ NAMED = {
     "a stride longer than the image": (2, 3, 12, 3, [(1, 7, 2, 1, 3, 3), (20, 5, 1, 1, 1, 0)]),
     "planes that crowd the cache": (1, 40, 40, 1, [(32, 3, 1, 1, 1, 1)] * 2),
     "pointwise, every second row": (1, 20, 20, 1, [(20, 1, 2, 1, 0, 0), (56, 1, 2, 1, 0, 0)]),
+    "pointwise, every second plane of one row": (
+        1,
+        16,
+        4,
+        1,
+        [(5, 1, 2, 1, 0, 0), (1, 1, 2, 1, 0, 0), (7, 1, 1, 1, 0, 0)],
+    ),
     "one filter, pointwise": (2, 48, 1, 1, [(13, 1, 1, 1, 0, 0), (25, 1, 1, 1, 0, 0)]),
     "one filter, pointwise, a row of padding": (
         2,

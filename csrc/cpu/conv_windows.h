@@ -181,10 +181,11 @@ class WindowProduct {
     fits_ = grad_reach <= INT32_MAX && (patched_ || image_reach <= INT32_MAX);
     alike_ = !patched_ && !skip_padding_ && s_.axis[0].out * s_.axis[1].out == 1;
     const int64_t* const grad = p_.output.stride;
-    panels_in_place_ = !widens && grad[1] == 1 && grad[4] == lane_vecs_ * L &&
-                       s_.group_out() == grad[4] && lane_vecs_ <= most_vecs<T, K::chains>() &&
-                       (s_.axis[1].out == 1 || grad[3] == s_.axis[2].out * grad[4]) &&
-                       (s_.axis[0].out == 1 || grad[2] == s_.axis[1].out * grad[3]);
+    panels_in_place_ =
+        !widens && grad[1] == 1 && grad[4] == lane_vecs_ * L && s_.group_out() == grad[4] &&
+        lane_vecs_ <= most_vecs<T, K::chains>() &&
+        (s_.axis[1].out == 1 || grad[3] == s_.axis[2].out * grad[4]) &&
+        (s_.axis[0].out == 1 || grad[2] == s_.axis[1].out * s_.axis[2].out * grad[4]);
     rows_side_by_side_ = alike_ && taps_ == 1 && p_.input.stride[1] == 1;
     side_by_side_ = alike_ && taps_ == 1 && s_.axis[2].stride * p_.input.stride[4] == 1;
   }
