@@ -45,7 +45,7 @@ TNC_INLINE int64_t cut_at(int64_t count, int64_t pieces, int64_t i) { return cou
 
 // ---- lanes: channels in tiles of whole vectors ----------------------------------------------
 
-// Lanes [first, first + lanes) of a block of channels, `vecs` vectors.
+// Lanes [first, first + lanes) of a block of channels, in `vecs` vectors.
 struct LaneTile {
   int64_t first;
   int lanes, vecs;

@@ -214,7 +214,8 @@ bool dense_grad_weight(const ConvProblem& p) {
     return multiply_windows<S>(swap ? swapped(p) : p, false, special);
   }
   // A product of padding and an infinity or a NaN is a NaN: it may be left out only of a finite
-  // gradient. One that is not finite shows, since each output reads the image with some tap.
+  // gradient. One that is not finite shows, since each output reads the image with some tap. Other
+  // such products are zeros, which can change but the sign of a zero: totals get +0 at the end.
   // 16-bit types are copied to be widened in any case, and gain only by what is left out.
   if (s.group_in() < 16 || share_of_padding(s) <= (is_half_type<S> ? 0.04 : 0))
     return multiply_windows<S>(p, false, special);

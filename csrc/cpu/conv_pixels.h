@@ -9,13 +9,13 @@ namespace torch_naiveconv::TNC_ISA {
 // Stores the totals of multiply_vectors like store_rows: `pixels` elements of each vector, pixel
 // after pixel to_pixel apart.
 template <class T, int Chains, class S>
-bool store_vectors(const T* total, int64_t vectors, bool few, const Target<S, T> target,
+bool store_vectors(const T* total, int64_t vectors, int widest, const Target<S, T> target,
                    int64_t to_pixel, int pixels) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
   Results<V> results;
   const int lanes = target.lanes;
-  each_wide_run<T, Chains>(lanes, vectors, few, [&](Tiles<T>, int64_t v, int64_t tiles, int vecs) {
+  each_wide_run<T, Chains>(lanes, vectors, widest, [&](auto, int64_t v, int64_t tiles, int vecs) {
     for (; tiles > 0; --tiles, v += vecs)
       for (int i = 0; i < lanes; ++i) {
         const V b = V::broadcast(target.bias[i]);
@@ -46,13 +46,13 @@ struct Interleaved {
 // Stores the totals of multiply_vectors for `Phases` phases, phase after phase `apart` in memory:
 // their pixels take turns in the result.
 template <int Phases, class T, int Chains, class S>
-bool store_interleaved(const T* total, int64_t apart, int64_t vectors, bool few,
+bool store_interleaved(const T* total, int64_t apart, int64_t vectors, int widest,
                        const Target<S, T> target, const Interleaved& row) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
   Results<V> results;
   const int lanes = target.lanes;
-  each_wide_run<T, Chains>(lanes, vectors, few, [&](Tiles<T>, int64_t v, int64_t tiles, int vecs) {
+  each_wide_run<T, Chains>(lanes, vectors, widest, [&](auto, int64_t v, int64_t tiles, int vecs) {
     for (; tiles > 0; --tiles, v += vecs)
       for (int j = 0; j < vecs; ++j) {
         const bool is_last = (v + j + 1) % row.per_row == 0;
@@ -315,7 +315,8 @@ class PixelProduct {
   // The tables of the panels and their parts.
   void list_terms() {
     groups_ = up(call_.image_channels * all_taps_, K::group);
-    few_terms_ = terms_ < K::group / 2 * groups_ * phases_;
+    const bool few_terms = terms_ < K::group / 2 * groups_ * phases_;  // in a group
+    chains_held_ = few_terms ? K::chains : 1;
     panels_ = wide_ ? phases_ : 1;
     parts_ = cut_[0].count * cut_[1].count * cut_[2].count * grids_of_panel();
     const int64_t terms_of_parts =
@@ -570,8 +571,7 @@ class PixelProduct {
   // The groups from g0 to g1 for all tiles of lanes, panel after panel.
   void multiply_groups(const Place& place, Workspace& w, int64_t g0, int64_t g1) const {
     const LaneBlock<T, K::chains> block(call_.lanes, place.lane_block, lane_blocks_);
-    const int most_rows = Size::wide_rows / (few_terms_ ? K::chains : 1);
-    const int64_t tiles = wide_ ? up(call_.lanes, most_rows) : block.tiles;
+    const int64_t tiles = wide_ ? up(call_.lanes, Size::wide_rows / chains_held_) : block.tiles;
     const int64_t first_lane = wide_ ? 0 : block.first_vec * L;
     for (int i = 0; i < panels_; i += at_once()) {
       int64_t rows = 0;
@@ -599,10 +599,11 @@ class PixelProduct {
       }
     }
   }
-  // Of a wide tile, whose rows are the lanes.
+  // Of a wide tile, whose rows are the lanes: at most so many vectors of pixels go side by side.
   LaneTile tile_of_rows(int64_t tiles, int64_t j) const {
     const int64_t first = cut_at(call_.lanes, tiles, j);
-    return {first, static_cast<int>(cut_at(call_.lanes, tiles, j + 1) - first), 0};
+    const auto rows = static_cast<int>(cut_at(call_.lanes, tiles, j + 1) - first);
+    return {first, rows, Size::wide_vecs(rows) / chains_held_};
   }
   int64_t pitch_of(const LaneTile& tile) const {  // of a row's totals, or a vector's
     return int64_t{wide_ ? tile.lanes : tile.vecs} * L;
@@ -675,7 +676,7 @@ class PixelProduct {
     const int32_t* const length = part.length + g * K::chains;
     if (wide_)
       multiply_vectors<T, K::chains>(row, rows, terms, length, panel, tile.lanes, total, g > 0,
-                                     few_terms_, run_terms_, finish);
+                                     tile.vecs, run_terms_, finish);
     else
       multiply_rows<T, K::chains>(row, rows, terms, length, panel, tile.vecs, total, g > 0, apart_,
                                   finish);
@@ -685,7 +686,7 @@ class PixelProduct {
     const int lanes = s.tile.lanes;
     const T* filter[rows_turned];
     for (int l = 0; l < lanes; ++l) filter[l] = s.weight + l * call_.lane_stride;
-    each_wide_run<T, 1>(lanes, s.rows, few_terms_, [&](Tiles<T>, int64_t v, int64_t run, int vecs) {
+    each_wide_run<T, 1>(lanes, s.rows, s.tile.vecs, [&](auto, int64_t v, int64_t run, int vecs) {
       for (int64_t k = 0; k < run * vecs; ++k)
         turned_of<T>(lanes)(
             filter, call_.channel_stride, w.row[v + k] + panel_->part->term->in_place, row_step_[2],
@@ -711,7 +712,7 @@ class PixelProduct {
                               least(in_turns_ * pixels, row_size(s.i) - last * in_turns_)};
       const auto store = in_turns_ == 2 ? store_interleaved<2, T, K::chains, S>
                                         : store_interleaved<4, T, K::chains, S>;
-      w.special |= store(total, totals_of_panel(), s.rows, few_terms_, to, order);
+      w.special |= store(total, totals_of_panel(), s.rows, tile.vecs, to, order);
     } else if (in_turns_ > 1) {
       const Interleaved order{s.width,
                               least(2, row_size(s.i) - 2 * (place.lower[3] + s.width - 1))};
@@ -724,7 +725,7 @@ class PixelProduct {
     } else if (wide_) {
       for (int64_t k = 0; k < parts_; ++k) {
         const int64_t some = w.rows_of[s.i * parts_ + k];
-        w.special |= store_vectors<T, K::chains>(total, some, few_terms_, to, s.to_pixel, pixels);
+        w.special |= store_vectors<T, K::chains>(total, some, tile.vecs, to, s.to_pixel, pixels);
         total += some * tile.lanes * L;
         to.position += some;
       }
@@ -747,7 +748,7 @@ class PixelProduct {
   PatchLayout layout_;
   bool patched_, turned_, apart_;  // apart: each row reads lines of its own
   int64_t run_terms_ = K::group;   // multiplied at a time
-  bool few_terms_ = false;         // in a group
+  int chains_held_ = 1;  // in the registers of a wide tile; the first of two may wait in memory
   bool one_chunk_;
   bool keeps_panels_;  // of a block of lanes, from box to box
   int64_t patch_channels_;

@@ -442,203 +442,286 @@ bool grad_weight_in_place(const ConvProblem& p) {
 constexpr int64_t band_pixels = 512;   // whose rows a panel holds, if they fit
 constexpr int64_t pixels_ahead = 256;  // of a row, fetched into the second cache
 
+// One call through a panel: its plan, which the threads share, and what a task does. A task is a
+// block of channels, or a part of its rows of taps; its steps, from run_team on, follow each other
+// below.
 template <class T>
-bool few_channels_grad_weight(const ConvProblem& p) {
+class PanelGradWeight {
   using E = Total<T>;
   using Lanes = ChannelLanes<T>;
-  constexpr int L = Vec<E>::lanes;
-  constexpr int64_t G = group_length<T>;
-  const ConvShape& s = p.shape;
-  const int64_t planes = s.group_in(), kernel = s.axis[2].kernel;
-  const int64_t plane_rows = s.axis[0].kernel * s.axis[1].kernel, all_rows = planes * plane_rows;
+  static constexpr int L = Vec<E>::lanes;
+  static constexpr int64_t G = group_length<T>;
   // Two chains take turns in a tile if it has the registers, else each has a pass of its own.
-  constexpr int C = Vec<E>::registers == 32 ? chains_of<T> : 1, passes = chains_of<T> / C;
-  if constexpr (C == chains_of<T>)
-    if (grad_weight_in_place<T>(p)) return true;
-  if (s.group_out() >= L || all_rows * kernel > 1 << 13) return false;
+  static constexpr int C = Vec<E>::registers == 32 ? chains_of<T> : 1, passes = chains_of<T> / C;
 
-  // A task is a block of channels, or a part of its rows of taps if there are few blocks; a thread
-  // moves the blocks that it has side by side.
-  const int64_t blocks = (s.out_channels + L - 1) / L, threads = thread_count();
-  int64_t parts = 1;
-  const auto rounds = [&] { return (blocks * parts + threads - 1) / threads; };
-  while (parts < least(all_rows, 4) && rounds() * threads * 6 > blocks * parts * 7) ++parts;
-  const int64_t together =
-      parts > 1
-          ? 1
-          : least(least(Lanes::together(p.input, s.group_out()), Lanes::together(p.output, 1)),
-                  blocks);
+ public:
+  explicit PanelGradWeight(const ConvProblem& p)
+      : p_(p),
+        s_(p.shape),
+        kernel_(wide_.kernel),
+        plane_rows_(deep_.kernel * high_.kernel),
+        all_rows_(s_.group_in() * plane_rows_),
+        blocks_(up(s_.out_channels, L)) {
+    share_blocks();
+    cut_bands();
+  }
+
+  bool fits() const { return panel_bytes_of() <= panel_limit; }
+
+  void run() const {
+    const int64_t products = s_.batch * s_.outputs() * L * all_rows_ * kernel_ / parts_;
+    parallel_for(blocks_ * parts_, 1 + worthwhile_products / (products + 1), environment_of<T>,
+                 [&](int64_t begin, int64_t end) {
+                   const Workspace w = workspace();
+                   while (begin < end) begin += run_team(begin, end, w);
+                 });
+  }
+
+ private:
+  // ---- the plan --------------------------------------------------------------------------------
+
+  // Blocks in parts where they are few; a thread moves the blocks that it has side by side.
+  void share_blocks() {
+    const int64_t threads = thread_count();
+    const auto rounds = [&] { return up(blocks_ * parts_, threads); };
+    while (parts_ < least(all_rows_, 4) && rounds() * threads * 6 > blocks_ * parts_ * 7) ++parts_;
+    if (parts_ == 1)
+      together_ = least(
+          least(Lanes::together(p_.input, s_.group_out()), Lanes::together(p_.output, 1)), blocks_);
+  }
+
   // The panel holds the rows that a band of rows of pixels reads, row i in the place of row
   // i - extent; small slices it holds whole. Where one row is too long it holds a piece.
-  const Axis &deep = s.axis[0], &high = s.axis[1], &wide = s.axis[2];
-  const auto extent = [](const Axis& a, int64_t pixels) {
+  void cut_bands() {
+    panel_ = {together_, s_.group_in(), {extent(deep_, 1), 0, 0}, L};
+    band_ = least(most(band_pixels / wide_.out, 1), high_.out);
+    width_ = wide_.out;
+    int64_t pieces = 1;
+    const auto bytes = [&] {
+      panel_.extent[1] = extent(high_, band_);
+      panel_.extent[2] = most(extent(wide_, width_), wide_.pad + L);
+      return panel_bytes_of();
+    };
+    while (bytes() > panel_bytes && band_ > 1) --band_;
+    while (bytes() > panel_bytes && width_ > 1) ++pieces, width_ = up(wide_.out, pieces);
+    if (deep_.kernel > 1 && panel_.extent[1] < high_.in &&
+        bytes() / panel_.extent[1] * high_.in <= panel_bytes)
+      panel_.extent[1] = high_.in;
+    grad_panel_ = {together_, 1, {1, 1, most(band_ * width_, L)}, L};
+  }
+  int64_t panel_bytes_of() const { return panel_.size() * static_cast<int64_t>(sizeof(E)); }
+  static int64_t extent(const Axis& a, int64_t pixels) {
     return (pixels - 1) * a.stride + (a.kernel - 1) * a.dilation + 1;
+  }
+
+  // ---- a task ----------------------------------------------------------------------------------
+
+  struct Workspace {
+    E *values, *grads;      // the panels
+    E* zeros;               // a row in the padding
+    E *totals, *chains;     // of the blocks that are moved together
+    int64_t *held, *place;  // the row that is there; where a row is in its slice of the panel
+    // What each row of taps reads for a row of pixels, in the first plane of the first block (null:
+    // padding), and for the pixels of a group.
+    const E **read, **taps;
+    PixelRow<E>* row_list;
   };
-  PanelShape panel{together, planes, {extent(deep, 1), 0, 0}, L};
-  int64_t band = least(most(band_pixels / wide.out, 1), high.out), width = wide.out, pieces = 1;
-  const auto bytes = [&] {
-    panel.extent[1] = extent(high, band);
-    panel.extent[2] = most(extent(wide, width), wide.pad + L);
-    return panel.size() * static_cast<int64_t>(sizeof(E));
+  // Blocks [first, first + count), and of each the rows of taps [r0, r1).
+  struct Team {
+    int64_t first, count, r0, r1;
+    int64_t sums;  // of a block
+    Lanes lanes, grad_lanes;
   };
-  while (bytes() > panel_bytes && band > 1) --band;
-  while (bytes() > panel_bytes && width > 1) width = (wide.out + pieces) / (pieces + 1), ++pieces;
-  if (bytes() > panel_limit) return false;
-  if (deep.kernel > 1 && panel.extent[1] < high.in &&
-      bytes() / panel.extent[1] * high.in <= panel_bytes)
-    panel.extent[1] = high.in;
-  const PanelShape grad_panel{together, 1, {1, 1, most(band * width, L)}, L};
+  // Rows [h, h + rows) of slice d of sample n, `pixels` of each from w on.
+  struct Band {
+    int64_t n, d, h, rows, w, pixels;
+  };
+
+  Workspace workspace() const {
+    const int64_t sums = together_ * all_rows_ * kernel_ * L;
+    const int64_t slots = panel_.extent[0] * panel_.extent[1];
+    Arena& arena = task_arena();
+    arena.reset(
+        Arena::bytes_for<E>(panel_.size()) + Arena::bytes_for<E>(panel_.row_pitch()) +
+        Arena::bytes_for<E>(grad_panel_.size()) + Arena::bytes_for<E>(sums) +
+        Arena::bytes_for<E>(chains_of<T> * sums) + Arena::bytes_for<int64_t>(slots) +
+        Arena::bytes_for<int64_t>(high_.in) + Arena::bytes_for<const E*>(band_ * plane_rows_) +
+        Arena::bytes_for<const E*>(band_ * all_rows_) + Arena::bytes_for<PixelRow<E>>(band_));
+    Workspace w;
+    w.values = arena.take<E>(panel_.size());
+    w.zeros = arena.take<E>(panel_.row_pitch());
+    w.grads = arena.take<E>(grad_panel_.size());
+    w.totals = arena.take<E>(sums);
+    w.chains = arena.take<E>(chains_of<T> * sums);
+    w.held = arena.take<int64_t>(slots);
+    w.place = arena.take<int64_t>(high_.in);
+    w.read = arena.take<const E*>(band_ * plane_rows_);
+    w.taps = arena.take<const E*>(band_ * all_rows_);
+    w.row_list = arena.take<PixelRow<E>>(band_);
+    std::memset(w.zeros, 0, panel_.row_pitch() * sizeof(E));
+    for (int64_t ih = 0; ih < high_.in; ++ih) w.place[ih] = ih % panel_.extent[1];
+    return w;
+  }
+
+  // As many tasks from `task` on as are moved together; returns their number.
+  int64_t run_team(int64_t task, int64_t end, const Workspace& w) const {
+    const int64_t first = task / parts_, part = task % parts_;
+    const int64_t count = parts_ > 1 ? 1 : least(together_, end - task);
+    const int64_t r0 = all_rows_ * part / parts_, r1 = all_rows_ * (part + 1) / parts_;
+    const Team team{first,
+                    count,
+                    r0,
+                    r1,
+                    (r1 - r0) * kernel_ * L,
+                    Lanes(p_.input, s_.group_out(), s_.group_in(), s_.out_channels, first, count),
+                    Lanes(p_.output, 1, 1, s_.out_channels, first, count)};
+    std::memset(w.chains, 0, count * chains_of<T> * team.sums * sizeof(E));
+    for (int64_t b = 0; b < count; ++b)
+      read_totals<T>(p_, (first + b) * L, r0 * kernel_, team.sums / L, w.totals + b * team.sums);
+    for (int64_t n = 0; n < s_.batch; ++n) {
+      for (int64_t i = 0; i < panel_.extent[0] * panel_.extent[1]; ++i) w.held[i] = -1;
+      int64_t number = 0;  // of the sample's terms
+      for (int64_t d = 0; d < deep_.out; ++d)
+        for (int64_t h = 0; h < high_.out; h += band_)
+          for (int64_t x = 0; x < wide_.out; x += width_) {
+            const Band band{n, d, h, least(band_, high_.out - h), x, least(width_, wide_.out - x)};
+            bring_inputs(team, band, w);
+            bring_grads(team, band, w);
+            const int64_t all = band.rows * band.pixels;
+            for (int64_t done = 0, some; done < all; done += some, number += some) {
+              some = least(all - done, G - number % G);
+              add(team, done / band.pixels, done % band.pixels, band.pixels, number, some, w);
+            }
+          }
+    }
+    for (int64_t b = 0; b < count; ++b)
+      write_totals<T>(p_, (first + b) * L, r0 * kernel_, team.sums / L, w.totals + b * team.sums);
+    return count;
+  }
+
+  // What the pixels of a band read, unless it is there.
+  void bring_inputs(const Team& team, const Band& band, const Workspace& w) const {
+    const int64_t column = wide_.input_of(band.w, 0), columns = extent(wide_, band.pixels);
+    const int64_t left = least(most(-column, 0), columns);
+    const int64_t right = least(most(wide_.in - column, left), columns);
+    const int64_t* const stride = p_.input.stride;
+    const T* const inputs =
+        static_cast<const T*>(p_.input.data) + band.n * stride[0] + (column + left) * stride[4];
+    for (int64_t kd = 0; kd < deep_.kernel; ++kd) {
+      const int64_t id = deep_.input_of(band.d, kd);
+      const int64_t slice = id % panel_.extent[0] * panel_.extent[1];
+      for (int64_t h = 0; h < band.rows; ++h)
+        for (int64_t kh = 0; kh < high_.kernel; ++kh) {
+          const E*& to = w.read[(h * deep_.kernel + kd) * high_.kernel + kh];
+          const int64_t ih = high_.input_of(band.h + h, kh);
+          to = nullptr;
+          if (!deep_.holds_input(id) || !high_.holds_input(ih)) continue;
+          const int64_t slot = slice + w.place[ih], row = (id * high_.in + ih) * wide_.out + band.w;
+          E* const there = w.values + slot * panel_.row_pitch();
+          to = there;
+          if (w.held[slot] == row) continue;
+          w.held[slot] = row;
+          fill_row(panel_, team.lanes, inputs + id * stride[2] + ih * stride[3], left, right,
+                   columns, ahead(p_.input, deep_.in, high_.in, wide_.in, band.n, id, ih), true,
+                   there);
+        }
+    }
+  }
+  void bring_grads(const Team& team, const Band& band, const Workspace& w) const {
+    const int64_t* const stride = p_.output.stride;
+    const T* const outputs = static_cast<const T*>(p_.output.data) + band.n * stride[0] +
+                             band.d * stride[2] + band.w * stride[4];
+    const bool one_run = band.pixels == wide_.out && stride[3] == wide_.out * stride[4];
+    const int64_t runs = one_run ? 1 : band.rows;
+    const int64_t run = one_run ? band.rows * band.pixels : band.pixels;
+    for (int64_t h = 0; h < runs; ++h)
+      fill_row(grad_panel_, team.grad_lanes, outputs + (band.h + h) * stride[3], 0, run, run,
+               ahead(p_.output, deep_.out, high_.out, wide_.out, band.n, band.d, band.h + h),
+               one_run, w.grads + h * band.pixels * L);
+  }
   // How far what is read some pixels later lies from row (d, h) of sample n.
-  const auto ahead = [&](const RawView& view, int64_t slices, int64_t rows, int64_t pixels,
-                         int64_t n, int64_t d, int64_t h) {
+  int64_t ahead(const RawView& view, int64_t slices, int64_t rows, int64_t pixels, int64_t n,
+                int64_t d, int64_t h) const {
     int64_t step = most(pixels_ahead / pixels, 1), distance = 0;
     if (h + step >= rows) {
       step = least(h + step - rows, rows - 1) - h;
       if (d + 1 < slices)
         distance = view.stride[2];
-      else if (n + 1 < s.batch)
+      else if (n + 1 < s_.batch)
         distance = view.stride[0] - d * view.stride[2];
       else
         step = 0;
     }
     return distance + step * view.stride[3];
-  };
+  }
 
-  const auto work = [&](int64_t begin, int64_t end) {
-    const int64_t sums = all_rows * kernel * L, slots = panel.extent[0] * panel.extent[1];
-    Arena& arena = task_arena();
-    arena.reset(Arena::bytes_for<E>(panel.size()) + Arena::bytes_for<E>(panel.row_pitch()) +
-                Arena::bytes_for<E>(grad_panel.size()) + Arena::bytes_for<E>(together * sums) +
-                Arena::bytes_for<E>(together * chains_of<T> * sums) +
-                Arena::bytes_for<int64_t>(slots) + Arena::bytes_for<int64_t>(high.in) +
-                Arena::bytes_for<const E*>(band * plane_rows) +
-                Arena::bytes_for<const E*>(band * all_rows) + Arena::bytes_for<PixelRow<E>>(band));
-    E* const values = arena.take<E>(panel.size());
-    E* const zeros = arena.take<E>(panel.row_pitch());  // a row in the padding
-    E* const grads = arena.take<E>(grad_panel.size());
-    E* const totals = arena.take<E>(together * sums);
-    E* const chains = arena.take<E>(together * chains_of<T> * sums);
-    int64_t* const held = arena.take<int64_t>(slots);     // the row that is there
-    int64_t* const place = arena.take<int64_t>(high.in);  // of a row in its slice of the panel
-    // What each row of taps reads for a row of pixels, in the first plane of the first block (null:
-    // padding), and for the pixels of a group.
-    const E** const read = arena.take<const E*>(band * plane_rows);
-    const E** const taps = arena.take<const E*>(band * all_rows);
-    PixelRow<E>* const row_list = arena.take<PixelRow<E>>(band);
-    std::memset(zeros, 0, panel.row_pitch() * sizeof(E));
-    for (int64_t ih = 0; ih < high.in; ++ih) place[ih] = ih % panel.extent[1];
-    for (int64_t task = begin; task < end;) {
-      const int64_t first = task / parts, part = task % parts;
-      const int64_t team = parts > 1 ? 1 : least(together, end - task);
-      task += team;
-      const int64_t r0 = all_rows * part / parts, r1 = all_rows * (part + 1) / parts;
-      const int64_t count = (r1 - r0) * kernel * L;  // sums of a block
-      const Lanes lanes(p.input, s.group_out(), planes, s.out_channels, first, team);
-      const Lanes grad_lanes(p.output, 1, 1, s.out_channels, first, team);
-      std::memset(chains, 0, team * chains_of<T> * count * sizeof(E));
-      const auto channel = [&](int64_t b) { return (first + b) * L; };
-      for (int64_t b = 0; b < team; ++b)
-        read_totals<T>(p, channel(b), r0 * kernel, count / L, totals + b * count);
-
-      // Rows [h0, h0 + rows) of slice d, `pixels` of each from w0 on: what they read is brought
-      // into the panels.
-      const auto bring = [&](int64_t n, int64_t d, int64_t h0, int64_t rows, int64_t w0,
-                             int64_t pixels) {
-        const int64_t column = wide.input_of(w0, 0), columns = extent(wide, pixels);
-        const int64_t left = least(most(-column, 0), columns);
-        const int64_t right = least(most(wide.in - column, left), columns);
-        const T* const inputs = static_cast<const T*>(p.input.data) + n * p.input.stride[0] +
-                                (column + left) * p.input.stride[4];
-        for (int64_t kd = 0; kd < deep.kernel; ++kd) {
-          const int64_t id = deep.input_of(d, kd), slice = id % panel.extent[0] * panel.extent[1];
-          for (int64_t h = 0; h < rows; ++h)
-            for (int64_t kh = 0; kh < high.kernel; ++kh) {
-              const E*& to = read[(h * deep.kernel + kd) * high.kernel + kh];
-              const int64_t ih = high.input_of(h0 + h, kh);
-              to = nullptr;
-              if (!deep.holds_input(id) || !high.holds_input(ih)) continue;
-              const int64_t slot = slice + place[ih], row = (id * high.in + ih) * wide.out + w0;
-              E* const there = values + slot * panel.row_pitch();
-              to = there;
-              if (held[slot] == row) continue;
-              held[slot] = row;
-              fill_row(panel, lanes, inputs + id * p.input.stride[2] + ih * p.input.stride[3], left,
-                       right, columns, ahead(p.input, deep.in, high.in, wide.in, n, id, ih), true,
-                       there);
-            }
-        }
-        const T* const outputs = static_cast<const T*>(p.output.data) + n * p.output.stride[0] +
-                                 d * p.output.stride[2] + w0 * p.output.stride[4];
-        const bool one_run =
-            pixels == wide.out && p.output.stride[3] == wide.out * p.output.stride[4];
-        const int64_t runs = one_run ? 1 : rows, run = one_run ? rows * pixels : pixels;
-        for (int64_t h = 0; h < runs; ++h)
-          fill_row(grad_panel, grad_lanes, outputs + (h0 + h) * p.output.stride[3], 0, run, run,
-                   ahead(p.output, deep.out, high.out, wide.out, n, d, h0 + h), one_run,
-                   grads + h * pixels * L);
-      };
-      // The products of `count` pixels, with numbers from `number` on, of which the first is pixel
-      // w of row h of the panel.
-      const auto add = [&](int64_t h, int64_t w, int64_t pixels, int64_t number, int64_t some,
-                           bool closes) {
-        for (int64_t b = 0; b < team; ++b)
-          for (int c = 0; c < passes; ++c) {
-            PixelRows<E> group{};
-            group.row = row_list;
-            const E** tap = taps;
-            for (int64_t done = 0, row = h, from = w; done < some; ++row, from = 0) {
-              const int64_t piece = least(pixels - from, some - done);
-              const int64_t at = from + (number + done + c) % passes;
-              PixelRow<E>& one = row_list[group.count++];
-              one = {};
-              one.grad = grads + b * grad_panel.block_pitch() + (row * pixels + at) * L;
-              one.middle = (from + piece - at + passes - 1) / passes;
-              one.taps = tap;
-              const E* const* const row_read = read + row * plane_rows;
-              int64_t q = r0 % plane_rows, plane = r0 / plane_rows * panel.plane_pitch();
-              for (int64_t r = r0; r < r1; ++r) {
-                *tap++ = (row_read[q] ? row_read[q] + b * panel.block_pitch() + plane : zeros) +
-                         at * wide.stride * L;
-                if (++q == plane_rows) q = 0, plane += panel.plane_pitch();
-              }
-              done += piece;
-            }
-            group.grad_pitch = passes * L;
-            group.number = number;
-            group.end = number + some;
-            group.begins = folds_in_tile<Vec<E>> && number % G == 0;
-            group.ends = folds_in_tile<Vec<E>> && closes;
-            all_taps<C>(group, r1 - r0, kernel, wide.dilation * L, passes * wide.stride * L,
-                        totals + b * count, chains + (b * chains_of<T> + c) * count, count);
-          }
-        if (!folds_in_tile<Vec<E>> && closes)
-          for (int64_t b = 0; b < team; ++b)
-            fold_chains<T>(count, chains + b * chains_of<T> * count, totals + b * count);
-      };
-
-      for (int64_t n = 0; n < s.batch; ++n) {
-        for (int64_t i = 0; i < slots; ++i) held[i] = -1;
-        int64_t number = 0;  // of the sample's terms
-        for (int64_t d = 0; d < deep.out; ++d)
-          for (int64_t h = 0; h < high.out; h += band)
-            for (int64_t w = 0; w < wide.out; w += width) {
-              const int64_t rows = least(band, high.out - h), pixels = least(width, wide.out - w);
-              bring(n, d, h, rows, w, pixels);
-              for (int64_t done = 0; done < rows * pixels;) {
-                const int64_t some = least(rows * pixels - done, G - number % G);
-                add(done / pixels, done % pixels, pixels, number, some,
-                    (number + some) % G == 0 || number + some == s.outputs());
-                done += some;
-                number += some;
-              }
-            }
+  // The products of `some` pixels, with numbers from `number` on, of which the first is pixel
+  // `from` of row `row` of the panel, whose rows have `pixels`.
+  void add(const Team& team, int64_t row, int64_t from, int64_t pixels, int64_t number,
+           int64_t some, const Workspace& w) const {
+    const bool closes = (number + some) % G == 0 || number + some == s_.outputs();
+    for (int64_t b = 0; b < team.count; ++b) {
+      E* const total = w.totals + b * team.sums;
+      E* const chains = w.chains + b * chains_of<T> * team.sums;
+      for (int c = 0; c < passes; ++c) {
+        PixelRows<E> group = rows_of(team, b, c, row, from, pixels, number, some, w);
+        group.begins = folds_in_tile<Vec<E>> && number % G == 0;
+        group.ends = folds_in_tile<Vec<E>> && closes;
+        all_taps<C>(group, team.r1 - team.r0, kernel_, wide_.dilation * L,
+                    passes * wide_.stride * L, total, chains + c * team.sums, team.sums);
       }
-      for (int64_t b = 0; b < team; ++b)
-        write_totals<T>(p, channel(b), r0 * kernel, count / L, totals + b * count);
+      if (!folds_in_tile<Vec<E>> && closes) fold_chains<T>(team.sums, chains, total);
     }
-  };
-  const int64_t products = s.batch * s.outputs() * L * all_rows * kernel / parts;
-  parallel_for(blocks * parts, 1 + worthwhile_products / (products + 1), environment_of<T>, work);
+  }
+  // The same pixels row by row, for block b and pass c.
+  PixelRows<E> rows_of(const Team& team, int64_t b, int c, int64_t row, int64_t from,
+                       int64_t pixels, int64_t number, int64_t some, const Workspace& w) const {
+    PixelRows<E> group{};
+    group.row = w.row_list;
+    group.grad_pitch = passes * L;
+    group.number = number;
+    group.end = number + some;
+    const E** tap = w.taps;
+    for (int64_t done = 0; done < some; ++row, from = 0) {
+      const int64_t piece = least(pixels - from, some - done);
+      const int64_t at = from + (number + done + c) % passes;
+      PixelRow<E>& one = w.row_list[group.count++];
+      one = {};
+      one.grad = w.grads + b * grad_panel_.block_pitch() + (row * pixels + at) * L;
+      one.middle = (from + piece - at + passes - 1) / passes;
+      one.taps = tap;
+      const E* const* const read = w.read + row * plane_rows_;
+      int64_t q = team.r0 % plane_rows_, plane = team.r0 / plane_rows_ * panel_.plane_pitch();
+      for (int64_t r = team.r0; r < team.r1; ++r) {
+        *tap++ = (read[q] ? read[q] + b * panel_.block_pitch() + plane : w.zeros) +
+                 at * wide_.stride * L;
+        if (++q == plane_rows_) q = 0, plane += panel_.plane_pitch();
+      }
+      done += piece;
+    }
+    return group;
+  }
+
+  const ConvProblem& p_;
+  const ConvShape& s_;
+  const Axis &deep_ = s_.axis[0], &high_ = s_.axis[1], &wide_ = s_.axis[2];
+  const int64_t kernel_, plane_rows_, all_rows_;  // rows of taps, of one plane and of all
+  const int64_t blocks_;
+  int64_t parts_ = 1, together_ = 1;
+  PanelShape panel_, grad_panel_;
+  int64_t band_, width_;  // rows, and pixels of a row, that the panels hold
+};
+
+template <class T>
+bool few_channels_grad_weight(const ConvProblem& p) {
+  using V = Vec<Total<T>>;
+  const ConvShape& s = p.shape;
+  if constexpr (chains_of<T> == 1 || V::registers == 32)
+    if (grad_weight_in_place<T>(p)) return true;
+  if (s.group_out() >= V::lanes || s.group_in() * s.taps() > 1 << 13) return false;
+  const PanelGradWeight<T> product(p);
+  if (!product.fits()) return false;
+  product.run();
   return true;
 }
 

@@ -111,7 +111,11 @@ class Scatter {
     if (room_ > std::numeric_limits<Entry>::max()) return false;
     parallel_for(images_ * groups_ * bands_, 1 + 8192 / (s_.outputs() * side_ / bands_ + 1),
                  FloatEnvironment::gradual, [&](int64_t begin, int64_t end) {
-                   const std::unique_ptr<Total<T>[]> buffer(new Total<T>[held_ * row_ + margin_]());
+                   const int64_t size = held_ * row_ + margin_;
+                   const std::unique_ptr<Total<T>[]> buffer(new Total<T>[size]);
+                   // The rows in front of the margin are cleared by each task, or when written.
+                   const int64_t first = clears_rows_ ? 0 : size - margin_;
+                   std::fill(buffer.get() + first, buffer.get() + size, Total<T>(0));
                    for (int64_t task = begin; task < end; ++task) {
                      const int64_t group = task / bands_;
                      Band b;

@@ -296,11 +296,10 @@ void multiply_rows(const T* const* row, int64_t rows, const Term* terms, const i
   });
 }
 
-// The wide tiles of `rows` rows that cover `vectors` vectors: use(tile, first vector, number of
-// tiles, their width) for each run of equal ones. With few terms two chains both fit the registers.
+// The wide tiles of `rows` rows, at most `widest` vectors side by side, that cover `vectors` of
+// them: use(tile, first vector, number of tiles, their width) for each run of equal ones.
 template <class T, int Chains, class Use>
-TNC_INLINE void each_wide_run(int rows, int64_t vectors, bool few, const Use& use) {
-  const int widest = TileSize<T, Chains>::wide_vecs(rows) / (few ? Chains : 1);
+TNC_INLINE void each_wide_run(int rows, int64_t vectors, int widest, const Use& use) {
   int vecs = 0;
   for (int64_t v = 0; v < vectors;) {
     const int64_t limit = vectors - v < widest ? vectors - v : widest;
@@ -311,13 +310,13 @@ TNC_INLINE void each_wide_run(int rows, int64_t vectors, bool few, const Use& us
   }
 }
 
-// total += the group, for `vectors` vectors with a pointer each; the tile that begins at vector v
-// has its totals, rows x width, at v * rows vectors. `at_once` terms at a time, whose memory is
-// read in so many runs; a group of more must be the only one.
+// total += the group, for `vectors` vectors with a pointer each, in wide tiles; the tile that
+// begins at vector v has its totals, rows x width, at v * rows vectors. `at_once` terms at a time,
+// whose memory is read in so many runs; a group of more must be the only one.
 template <class T, int Chains>
 void multiply_vectors(const T* const* vector, int64_t vectors, const Term* terms,
                       const int32_t* length, const T* panel, int rows, T* total, bool resume,
-                      bool few, int64_t at_once, const Finish<T>* finish) {
+                      int widest, int64_t at_once, const Finish<T>* finish) {
   Group group = resume ? Group::next : Group::first;
   int64_t left = length[0];
   do {
@@ -325,7 +324,7 @@ void multiply_vectors(const T* const* vector, int64_t vectors, const Term* terms
                                       Chains == 2 ? length[1] : 0};
     left -= some[0];
     const Finish<T>* const closes = left == 0 ? finish : nullptr;
-    each_wide_run<T, Chains>(rows, vectors, few, [&](Tiles<T> tile, int64_t v, int64_t tiles, int) {
+    each_wide_run<T, Chains>(rows, vectors, widest, [&](auto tile, int64_t v, int64_t tiles, int) {
       Finish<T> rest = closes ? *closes : Finish<T>{};
       if (closes) rest.position += v;
       tile(tiles, vector + v, terms, some, panel, total + v * rows * Vec<T>::lanes, group,
