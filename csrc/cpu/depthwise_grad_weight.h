@@ -1,6 +1,6 @@
 // grad_weight of few channels per group, lanes are channels. Start reading at
 // few_channels_grad_weight, at the end; depthwise channels_last tensors are read where they lie
-// (grad_weight_in_place), others through a panel.
+// (InPlaceGradWeight), others through a panel (PanelGradWeight).
 //
 //   chain[tap] = fma(input[pixel + tap], grad[pixel], chain[tap])
 #pragma once
@@ -290,154 +290,207 @@ void write_totals(const ConvProblem& p, int64_t first, int64_t number, int64_t n
     write(static_cast<T*>(p.weight.data));
 }
 
-// Depthwise, channels_last. A thread has some blocks of channels and goes over bands of rows, block
-// by block. A row of taps that lies in the padding adds products of the gradient with +0: all its
-// taps the same sum.
+// Depthwise, channels_last, read in place: its plan, which the threads share, and what a task does.
+// A task has some blocks of channels and goes over bands of rows, block by block; its steps, from
+// run_task on, follow each other below.
 template <class T>
-bool grad_weight_in_place(const ConvProblem& p) {
+class InPlaceGradWeight {
   using E = Total<T>;
   using V = Vec<E>;
-  constexpr int L = V::lanes, C = chains_of<T>;
-  constexpr int64_t G = group_length<T>, most_rows = 64;
-  const ConvShape& s = p.shape;
-  const RawView &input = p.input, &output = p.output;
-  const Axis &deep = s.axis[0], &high = s.axis[1], &wide = s.axis[2];
-  const int64_t channels = s.groups, blocks = (channels + L - 1) / L;
-  const int64_t plane_rows = deep.kernel * high.kernel, sums = s.taps() * L;
-  if (s.group_in() != 1 || s.group_out() != 1 || input.stride[1] != 1 || output.stride[1] != 1 ||
-      channels < L || blocks < thread_count() || plane_rows > most_rows)
-    return false;
-  // Rows, as many as read few enough lines that the first cache still has them for the next block.
-  const int64_t extent = (high.kernel - 1) * high.dilation + 1;
-  const int64_t band =
-      most(1, (128 - (extent - high.stride) * wide.in) / (high.stride * wide.in + wide.out));
-  const int64_t rows = deep.out * high.out;
+  static constexpr int L = V::lanes, C = chains_of<T>;
+  static constexpr int64_t G = group_length<T>, most_rows = 64;  // of taps
 
-  const auto work = [&](int64_t begin, int64_t end) {
+ public:
+  explicit InPlaceGradWeight(const ConvProblem& p)
+      : p_(p),
+        s_(p.shape),
+        blocks_(up(s_.groups, L)),
+        plane_rows_(deep_.kernel * high_.kernel),
+        sums_(s_.taps() * L),
+        rows_(deep_.out * high_.out) {
+    // As many as read few enough lines that the first cache still has them for the next block.
+    const int64_t extent = (high_.kernel - 1) * high_.dilation + 1;
+    band_ =
+        most(1, (128 - (extent - high_.stride) * wide_.in) / (high_.stride * wide_.in + wide_.out));
+    while (left_ < right_ && wide_.input_of(left_, 0) < 0) ++left_;
+    while (right_ > left_ && wide_.input_of(right_ - 1, wide_.kernel - 1) >= wide_.in) --right_;
+  }
+
+  bool fits() const {
+    return s_.group_in() == 1 && s_.group_out() == 1 && p_.input.stride[1] == 1 &&
+           p_.output.stride[1] == 1 && s_.groups >= L && blocks_ >= thread_count() &&
+           plane_rows_ <= most_rows;
+  }
+
+  void run() const {
+    const int64_t products = s_.batch * s_.outputs() * sums_;
+    parallel_for(blocks_, 1 + worthwhile_products / (products + 1), environment_of<T>,
+                 [&](int64_t begin, int64_t end) { run_task(begin, end); });
+  }
+
+ private:
+  struct Workspace {
+    int64_t begin, count;  // blocks
+    E *totals, *chains;
+    int64_t* offsets;
+  };
+  // Rows [first, last) of a sample, and what the next band reads first: it is fetched meanwhile,
+  // across the end of a sample too.
+  struct Band {
+    int64_t first, last;
+    const T *inputs, *grads, *inputs_ahead, *grads_ahead;
+  };
+
+  void run_task(int64_t begin, int64_t end) const {
     const int64_t count = end - begin;
     Arena& arena = task_arena();
-    arena.reset(Arena::bytes_for<E>(count * sums) + Arena::bytes_for<E>(count * C * sums) +
-                Arena::bytes_for<int64_t>(band * (plane_rows + 1)));
-    E* const totals = arena.take<E>(count * sums);
-    E* const chains = arena.take<E>(count * C * sums);
-    // For each row of the band where what each row of taps reads lies, or -1; last its gradient.
-    int64_t* const offsets = arena.take<int64_t>(band * (plane_rows + 1));
-    const auto channel = [&](int64_t b) { return least((begin + b) * L, channels - L); };
-    std::memset(chains, 0, count * C * sums * sizeof(E));
+    arena.reset(Arena::bytes_for<E>(count * sums_) + Arena::bytes_for<E>(count * C * sums_) +
+                Arena::bytes_for<int64_t>(band_ * (plane_rows_ + 1)));
+    Workspace w{begin, count, nullptr, nullptr, nullptr};
+    w.totals = arena.take<E>(count * sums_);
+    w.chains = arena.take<E>(count * C * sums_);
+    w.offsets = arena.take<int64_t>(band_ * (plane_rows_ + 1));
+    std::memset(w.chains, 0, count * C * sums_ * sizeof(E));
     for (int64_t b = 0; b < count; ++b)
-      read_totals<T>(p, channel(b), 0, s.taps(), totals + b * sums);
-    // The pixels of a row that read no padding lie between `left` and `right`.
-    int64_t left = 0, right = wide.out;
-    while (left < right && wide.input_of(left, 0) < 0) ++left;
-    while (right > left && wide.input_of(right - 1, wide.kernel - 1) >= wide.in) --right;
+      read_totals<T>(p_, channel(begin + b), 0, s_.taps(), w.totals + b * sums_);
+    for (int64_t n = 0; n < s_.batch; ++n)
+      for (int64_t first = 0; first < rows_; first += band_) {
+        const Band band = band_of(n, first);
+        list_offsets(band, w);
+        for (int64_t b = 0; b < count; ++b)
+          for (int64_t at = band.first; at < band.last; ++at) add_row(band, at, b, w);
+      }
+    for (int64_t b = 0; b < count; ++b)
+      write_totals<T>(p_, channel(begin + b), 0, s_.taps(), w.totals + b * sums_);
+  }
+  int64_t channel(int64_t block) const { return least(block * L, s_.groups - L); }
 
-    for (int64_t n = 0; n < s.batch; ++n) {
-      const T* const sample = static_cast<const T*>(input.data) + n * input.stride[0];
-      const T* const grads = static_cast<const T*>(output.data) + n * output.stride[0];
-      for (int64_t first = 0; first < rows; first += band) {
-        const int64_t last = least(first + band, rows);
-        // What the next band reads first is fetched meanwhile, across the end of a sample too.
-        const int64_t far = high.input_of((last - 1) % high.out, high.kernel - 1) + 1 +
-                            deep.input_of((last - 1) / high.out, deep.kernel - 1) * high.in;
-        const T* const input_ahead =
-            sample + most(0, least(far, deep.in * high.in)) * input.stride[3];
-        const T* const grad_ahead = grads + last * output.stride[3];
-        for (int64_t at = first; at < last; ++at) {
-          const int64_t d = at / high.out, h = at % high.out;
-          int64_t* const row = offsets + (at - first) * (plane_rows + 1);
-          row[plane_rows] = d * output.stride[2] + h * output.stride[3];
-          for (int64_t r = 0; r < plane_rows; ++r) {
-            const int64_t id = deep.input_of(d, r / high.kernel);
-            const int64_t ih = high.input_of(h, r % high.kernel);
-            row[r] = deep.holds_input(id) && high.holds_input(ih)
-                         ? id * input.stride[2] + ih * input.stride[3]
-                         : -1;
-          }
-        }
-        for (int64_t b = 0; b < count; ++b) {
-          E *const chain = chains + b * C * sums, *const total = totals + b * sums;
-          for (int64_t at = first; at < last; ++at) {
-            const int64_t* const row = offsets + (at - first) * (plane_rows + 1);
-            const T* const grad = grads + row[plane_rows] + channel(b);
-            // A block's share of as many rows as this one is of the band.
-            const auto share = [&](const T* ahead, int64_t rows, int64_t row, int64_t columns) {
-              const T* const from =
-                  ahead + (at - first) * rows * row + (begin + b) * rows * columns * L;
-              return Ahead{reinterpret_cast<const char*>(from),
-                           reinterpret_cast<const char*>(from + rows * columns * L)};
-            };
-            PixelRow<T> part;
-            PixelRows<T> pixels;
-            pixels.row = &part;
-            pixels.count = 1;
-            pixels.grad_pitch = output.stride[4];
-            pixels.tap_columns = wide.dilation;
-            pixels.pixel_columns = wide.stride;
-            pixels.width = wide.in;
-            pixels.input_ahead = share(input_ahead, high.stride, input.stride[3], wide.in);
-            pixels.grad_ahead = share(grad_ahead, 1, output.stride[3], wide.out);
-            int64_t number = at * wide.out;
-            for (int64_t w = 0; w < wide.out;) {
-              const int64_t next = least(wide.out, w + G - number % G);
-              part.grad = grad + w * output.stride[4];
-              part.left = most(least(left, next) - w, 0);
-              part.middle = most(least(right, next) - most(left, w), 0);
-              part.right = next - w - part.left - part.middle;
-              part.column = wide.input_of(w, 0);
-              pixels.number = number;
-              pixels.end = number + next - w;
-              const bool closes =
-                  (number + next - w) % G == 0 || number + next - w == rows * wide.out;
-              pixels.begins = folds_in_tile<V> && number % G == 0;
-              pixels.ends = folds_in_tile<V> && closes;
-              const T* const corner = sample + channel(b) + part.column * input.stride[4];
-              V nothing[C];  // what the products with the padding add up to
-              for (V& sum : nothing) sum = V::zero();
-              bool summed = false;
-              for (int64_t r = 0; r < plane_rows;) {
-                int64_t run = 1;
-                while (r + run < plane_rows && (row[r + run] < 0) == (row[r] < 0)) ++run;
-                if (row[r] >= 0) {
-                  const T* start[most_rows];
-                  for (int64_t i = 0; i < run; ++i) start[i] = corner + row[r + i];
-                  part.taps = start;
-                  all_taps<C>(pixels, run, wide.kernel, wide.dilation * input.stride[4],
-                              wide.stride * input.stride[4], total + r * wide.kernel * L,
-                              chain + r * wide.kernel * L, sums);
-                } else {
-                  for (int64_t i = 0; i < next - w && !summed; ++i) {
-                    V& sum = nothing[(number + i) % C];
-                    sum = fma(V::load(part.grad + i * pixels.grad_pitch), V::zero(), sum);
-                  }
-                  summed = true;
-                  for (int64_t i = r * wide.kernel; i < (r + run) * wide.kernel; ++i) {
-                    V sum[C];
-                    for (int q = 0; q < C; ++q) {
-                      E* const at = chain + q * sums + i * L;
-                      sum[q] = pixels.begins ? nothing[q] : V::load(at) + nothing[q];
-                      sum[q].store(at);
-                    }
-                    E* const at = total + i * L;
-                    if (pixels.ends) (V::load(at) + sum_of(sum)).store(at);
-                  }
-                }
-                r += run;
-              }
-              if (!folds_in_tile<V> && closes) fold_chains<T>(sums, chain, total);
-              number += next - w;
-              w = next;
-            }
-          }
-        }
+  Band band_of(int64_t n, int64_t first) const {
+    const int64_t last = least(first + band_, rows_);
+    const T* const inputs = static_cast<const T*>(p_.input.data) + n * p_.input.stride[0];
+    const T* const grads = static_cast<const T*>(p_.output.data) + n * p_.output.stride[0];
+    const int64_t far = high_.input_of((last - 1) % high_.out, high_.kernel - 1) + 1 +
+                        deep_.input_of((last - 1) / high_.out, deep_.kernel - 1) * high_.in;
+    return {first,
+            last,
+            inputs,
+            grads,
+            inputs + most(0, least(far, deep_.in * high_.in)) * p_.input.stride[3],
+            grads + last * p_.output.stride[3]};
+  }
+
+  // For each row of the band where what each row of taps reads lies, or -1: padding; last its
+  // gradient.
+  void list_offsets(const Band& band, const Workspace& w) const {
+    const int64_t *const in = p_.input.stride, *const out = p_.output.stride;
+    for (int64_t at = band.first; at < band.last; ++at) {
+      const int64_t d = at / high_.out, h = at % high_.out;
+      int64_t* const offset = w.offsets + (at - band.first) * (plane_rows_ + 1);
+      offset[plane_rows_] = d * out[2] + h * out[3];
+      for (int64_t r = 0; r < plane_rows_; ++r) {
+        const int64_t id = deep_.input_of(d, r / high_.kernel);
+        const int64_t ih = high_.input_of(h, r % high_.kernel);
+        const bool inside = deep_.holds_input(id) && high_.holds_input(ih);
+        offset[r] = inside ? id * in[2] + ih * in[3] : -1;
       }
     }
-    for (int64_t b = 0; b < count; ++b)
-      write_totals<T>(p, channel(b), 0, s.taps(), totals + b * sums);
-  };
-  const int64_t products = s.batch * s.outputs() * sums;
-  parallel_for(blocks, 1 + worthwhile_products / (products + 1), environment_of<T>, work);
-  return true;
-}
+  }
+
+  // One row of pixels for block b, a group's part of it after the other.
+  void add_row(const Band& band, int64_t at, int64_t b, const Workspace& w) const {
+    const int64_t to_input = p_.input.stride[4], to_grad = p_.output.stride[4];
+    const int64_t* const offset = w.offsets + (at - band.first) * (plane_rows_ + 1);
+    const int64_t first_channel = channel(w.begin + b);
+    const T* const grad = band.grads + offset[plane_rows_] + first_channel;
+    E *const chain = w.chains + b * C * sums_, *const total = w.totals + b * sums_;
+    // A block's share of as many rows as this one is of the band.
+    const auto share = [&](const T* ahead, int64_t rows, int64_t row, int64_t columns) {
+      const T* const from =
+          ahead + (at - band.first) * rows * row + (w.begin + b) * rows * columns * L;
+      return Ahead{reinterpret_cast<const char*>(from),
+                   reinterpret_cast<const char*>(from + rows * columns * L)};
+    };
+    PixelRow<T> part;
+    PixelRows<T> pixels;
+    pixels.row = &part;
+    pixels.count = 1;
+    pixels.grad_pitch = to_grad;
+    pixels.tap_columns = wide_.dilation;
+    pixels.pixel_columns = wide_.stride;
+    pixels.width = wide_.in;
+    pixels.input_ahead = share(band.inputs_ahead, high_.stride, p_.input.stride[3], wide_.in);
+    pixels.grad_ahead = share(band.grads_ahead, 1, p_.output.stride[3], wide_.out);
+    int64_t number = at * wide_.out;
+    for (int64_t x = 0, next; x < wide_.out; number += next - x, x = next) {
+      next = least(wide_.out, x + G - number % G);
+      part.grad = grad + x * to_grad;
+      part.left = most(least(left_, next) - x, 0);
+      part.middle = most(least(right_, next) - most(left_, x), 0);
+      part.right = next - x - part.left - part.middle;
+      part.column = wide_.input_of(x, 0);
+      pixels.number = number;
+      pixels.end = number + next - x;
+      const bool closes = pixels.end % G == 0 || pixels.end == s_.outputs();
+      pixels.begins = folds_in_tile<V> && number % G == 0;
+      pixels.ends = folds_in_tile<V> && closes;
+      add_taps(pixels, part, offset, band.inputs + first_channel + part.column * to_input, chain,
+               total);
+      if (!folds_in_tile<V> && closes) fold_chains<T>(sums_, chain, total);
+    }
+  }
+
+  // All taps of some pixels of a row; `corner` is what the first reads in row 0. A row of taps in
+  // the padding adds products of the gradient with +0: all its taps the same sum.
+  void add_taps(PixelRows<T>& pixels, PixelRow<T>& part, const int64_t* offset, const T* corner,
+                E* chain, E* total) const {
+    V nothing[C];
+    bool summed = false;
+    for (int64_t r = 0, run; r < plane_rows_; r += run) {
+      run = 1;
+      while (r + run < plane_rows_ && (offset[r + run] < 0) == (offset[r] < 0)) ++run;
+      if (offset[r] >= 0) {
+        const T* start[most_rows];
+        for (int64_t i = 0; i < run; ++i) start[i] = corner + offset[r + i];
+        part.taps = start;
+        all_taps<C>(pixels, run, wide_.kernel, wide_.dilation * p_.input.stride[4],
+                    wide_.stride * p_.input.stride[4], total + r * wide_.kernel * L,
+                    chain + r * wide_.kernel * L, sums_);
+      } else {
+        if (!summed) multiply_by_zero(pixels, part, nothing);
+        summed = true;
+        for (int64_t i = r * wide_.kernel; i < (r + run) * wide_.kernel; ++i)
+          add_nothing(pixels, nothing, chain + i * L, total + i * L);
+      }
+    }
+  }
+  static void multiply_by_zero(const PixelRows<T>& pixels, const PixelRow<T>& part,
+                               V (&nothing)[C]) {
+    for (V& sum : nothing) sum = V::zero();
+    for (int64_t number = pixels.number; number < pixels.end; ++number) {
+      V& sum = nothing[number % C];
+      sum = fma(V::load(part.grad + (number - pixels.number) * pixels.grad_pitch), V::zero(), sum);
+    }
+  }
+  void add_nothing(const PixelRows<T>& pixels, const V (&nothing)[C], E* chain, E* total) const {
+    V sum[C];
+    for (int q = 0; q < C; ++q) {
+      E* const at = chain + q * sums_;
+      sum[q] = pixels.begins ? nothing[q] : V::load(at) + nothing[q];
+      sum[q].store(at);
+    }
+    if (pixels.ends) (V::load(total) + sum_of(sum)).store(total);
+  }
+
+  const ConvProblem& p_;
+  const ConvShape& s_;
+  const Axis &deep_ = s_.axis[0], &high_ = s_.axis[1], &wide_ = s_.axis[2];
+  const int64_t blocks_, plane_rows_;  // of channels; of taps
+  const int64_t sums_;                 // of a block
+  const int64_t rows_;                 // of pixels
+  int64_t band_;                       // so many of them
+  // The pixels of a row that read no padding lie between these.
+  int64_t left_ = 0, right_ = wide_.out;
+};
 
 constexpr int64_t band_pixels = 512;   // whose rows a panel holds, if they fit
 constexpr int64_t pixels_ahead = 256;  // of a row, fetched into the second cache
@@ -716,13 +769,15 @@ template <class T>
 bool few_channels_grad_weight(const ConvProblem& p) {
   using V = Vec<Total<T>>;
   const ConvShape& s = p.shape;
+  const auto done = [](const auto& product) {
+    if (!product.fits()) return false;
+    product.run();
+    return true;
+  };
   if constexpr (chains_of<T> == 1 || V::registers == 32)
-    if (grad_weight_in_place<T>(p)) return true;
+    if (done(InPlaceGradWeight<T>(p))) return true;
   if (s.group_out() >= V::lanes || s.group_in() * s.taps() > 1 << 13) return false;
-  const PanelGradWeight<T> product(p);
-  if (!product.fits()) return false;
-  product.run();
-  return true;
+  return done(PanelGradWeight<T>(p));
 }
 
 }  // namespace torch_naiveconv::TNC_ISA

@@ -1,5 +1,5 @@
 // Forward and grad_input of few channels per group where rows lie contiguously (NCHW): lanes are
-// neighbouring pixels of a row. Start reading at map_planes, at the end.
+// neighbouring pixels of a row. Start reading at PlaneMap::run_task.
 //
 // The planes that a group reads are copied, zero-padded and widened, into a panel
 // [source channel][d][h][w]; every tap of a pixel is then a fixed distance away, and a vector of
@@ -112,187 +112,284 @@ PlaneWay way_of(const ConvShape& s, const MapAxis (&axis)[3], const Chunks& chun
   return neighbours ? PlaneWay::sweep : PlaneWay::list;
 }
 
+// One call: its plan, which the threads share, and what a task does. A task is some pieces, a chunk
+// of a group's planes each; its steps, from run_task on, follow each other below.
 template <class T>
-bool map_planes(const ConvProblem& p) {
+class PlaneMap {
   using E = Total<T>;
-  constexpr int L = Vec<E>::lanes;
-  const ConvShape& s = p.shape;
-  const bool transposed = p.direction == Direction::grad_input;
-  const int64_t group = transposed ? s.group_in() : s.group_out();  // written channels of a group
-  const int64_t planes = transposed ? s.group_out() : s.group_in();
-  const int64_t channels = transposed ? s.in_channels : s.out_channels;
-  const RawView& source = transposed ? p.output : p.input;
-  const RawView& written = transposed ? p.input : p.output;
-  MapAxis axis[3];
-  for (int a = 0; a < 3; ++a) axis[a] = MapAxis::of(s.axis[a], transposed);
-  const int64_t phases[3] = {axis[0].phases(), axis[1].phases(), axis[2].phases()};
-  const int64_t phase_count = phases[0] * phases[1] * phases[2], numbers = planes * s.taps();
-  const int64_t period_h = axis[1].period, period_w = axis[2].period, step_w = axis[2].step;
-  if (group >= L || source.stride[4] != 1 || written.stride[4] != 1) return false;
-  if ((axis[2].written + period_w - 1) / period_w * 2 <= L) return false;  // too few lanes used
-  PanelShape panel{1, planes, {}, 1};
-  Chunks chunks;
-  if (phase_count > 4096 || numbers > 1 << 16 ||
-      !choose_chunks(axis, sizeof(E), planes_bytes, INT64_MAX, chunks, panel))
-    return false;
-  int64_t part = (panel.extent[2] + step_w - 1) / step_w;  // of a row, of one remainder
-  if constexpr (joins_windows<Vec<E>>) part = up(part, L) * L;
-  panel.extent[2] = part * step_w;
+  static constexpr int L = Vec<E>::lanes, most_tile_rows = 7;
 
-  Arena& plan = plan_arena();
-  plan.reset(Arena::bytes_for<E>(channels * numbers) +
-             TermLists::bytes_for<T>(numbers, phase_count) + Arena::bytes_for<int32_t>(numbers));
-  E* const weights = plan.take<E>(channels * numbers);
-  int32_t* const tap_rows = plan.take<int32_t>(numbers);
-  TermLists lists = TermLists::take<T>(plan, numbers, phase_count);
-  const bool finite = pack_weights<T>(p, channels, group, planes, 1, false, weights);
-  if (transposed && !finite) return false;
-  const int64_t nearest = least(axis[2].numerator(0), axis[2].numerator(axis[2].kernel - 1));
-  list_terms<T>(
-      axis, phases, panel, false,
-      [&](int64_t phase, int64_t k) {
-        if (step_w == 1) return axis[2].shift(phase, k);
-        const int64_t distance = axis[2].numerator(k) - nearest;
-        return distance % step_w * part + distance / step_w;
-      },
-      lists);
-  const int64_t kernel = axis[1].kernel;
-  const int64_t stride = s.axis[2].stride, tap_row_count = numbers / axis[2].kernel;
-  for (int64_t r = 0; r < tap_row_count; ++r) {
-    const int64_t kd = r / kernel % axis[0].kernel, kh = r % kernel;
-    tap_rows[r] = static_cast<int32_t>(r / kernel / axis[0].kernel * panel.plane_pitch() +
-                                       axis[0].shift(0, kd) * panel.slice_pitch() +
-                                       axis[1].shift(0, kh) * panel.row_pitch() +
-                                       (step_w == 1 ? nearest : 0));
+ public:
+  explicit PlaneMap(const ConvProblem& p)
+      : p_(p),
+        s_(p.shape),
+        transposed_(p.direction == Direction::grad_input),
+        group_(transposed_ ? s_.group_in() : s_.group_out()),
+        planes_(transposed_ ? s_.group_out() : s_.group_in()),
+        numbers_(planes_ * s_.taps()),
+        source_(transposed_ ? p.output : p.input),
+        written_(transposed_ ? p.input : p.output) {
+    for (int a = 0; a < 3; ++a) {
+      axis_[a] = MapAxis::of(s_.axis[a], transposed_);
+      phases_[a] = axis_[a].phases();
+    }
   }
-  const PlaneWay way = way_of<T>(s, axis, chunks, numbers, transposed);
-  const bool doubled = way == PlaneWay::doubled, pairs = doubled || way == PlaneWay::pairs;
-  const bool upwards = transposed && (way == PlaneWay::slide ||
-                                      way == PlaneWay::roll);  // the order in which taps read rows
 
-  const auto work = [&](int64_t begin, int64_t end) {
-    const int64_t staged_pitch = chunks.size[2] / period_w + 1 + L;
-    // Before the panel L elements may be read that are not used, and 2 * L behind it.
-    const int64_t panel_size = panel.size() + 3 * L;
-    Arena& arena = task_arena();
-    arena.reset(Arena::bytes_for<E>(panel_size) + Arena::bytes_for<T>(period_w * 7 * staged_pitch));
-    E* const values = arena.take<E>(panel_size) + L;
-    T* const staged = arena.take<T>(period_w * 7 * staged_pitch);
-    PlanePhase<T> phase{lists, 0, 0, nullptr, E(0), tap_rows, tap_row_count, axis[2].kernel, part};
+  // False: left to the others.
+  bool prepare() {
+    if (group_ >= L || source_.stride[4] != 1 || written_.stride[4] != 1) return false;
+    if (up(wide_.written, wide_.period) * 2 <= L) return false;  // too few lanes used
+    if (phase_count() > 4096 || numbers_ > 1 << 16 ||
+        !choose_chunks(axis_, sizeof(E), planes_bytes, INT64_MAX, chunks_, panel_))
+      return false;
+    part_ = up(panel_.extent[2], wide_.step);
+    if constexpr (joins_windows<Vec<E>>) part_ = up(part_, L) * L;
+    panel_.extent[2] = part_ * wide_.step;
+    return list_all();
+  }
+
+  void run() const {
+    const int64_t* const size = chunks_.size;
+    const int64_t products = size[0] * size[1] * size[2] * group_ * numbers_;
+    parallel_for(s_.batch * s_.groups * chunks_.total(), 1 + worthwhile_products / (products + 1),
+                 environment_of<T>, [&](int64_t begin, int64_t end) { run_task(begin, end); });
+  }
+
+ private:
+  // ---- the plan --------------------------------------------------------------------------------
+
+  int64_t phase_count() const { return phases_[0] * phases_[1] * phases_[2]; }
+
+  // The weights, the terms of each phase, the rows that rows of taps read. False: a weight that is
+  // not finite would be multiplied by padding that the contract leaves out.
+  bool list_all() {
+    const int64_t channels = transposed_ ? s_.in_channels : s_.out_channels;
+    Arena& plan = plan_arena();
+    plan.reset(Arena::bytes_for<E>(channels * numbers_) +
+               TermLists::bytes_for<T>(numbers_, phase_count()) +
+               Arena::bytes_for<int32_t>(numbers_));
+    E* const weights = plan.take<E>(channels * numbers_);
+    int32_t* const tap_rows = plan.take<int32_t>(numbers_);
+    lists_ = TermLists::take<T>(plan, numbers_, phase_count());
+    weights_ = weights;
+    tap_rows_ = tap_rows;
+    finite_ = pack_weights<T>(p_, channels, group_, planes_, 1, false, weights);
+    if (transposed_ && !finite_) return false;
+    const int64_t nearest = least(wide_.numerator(0), wide_.numerator(wide_.kernel - 1));
+    list_terms<T>(
+        axis_, phases_, panel_, false,
+        [&](int64_t phase, int64_t k) {
+          if (wide_.step == 1) return wide_.shift(phase, k);
+          const int64_t distance = wide_.numerator(k) - nearest;
+          return distance % wide_.step * part_ + distance / wide_.step;
+        },
+        lists_);
+    const int64_t kernel = high_.kernel;
+    for (int64_t r = 0; r < numbers_ / wide_.kernel; ++r) {
+      const int64_t kd = r / kernel % axis_[0].kernel, kh = r % kernel;
+      tap_rows[r] = static_cast<int32_t>(r / kernel / axis_[0].kernel * panel_.plane_pitch() +
+                                         axis_[0].shift(0, kd) * panel_.slice_pitch() +
+                                         high_.shift(0, kh) * panel_.row_pitch() +
+                                         (wide_.step == 1 ? nearest : 0));
+    }
+    way_ = way_of<T>(s_, axis_, chunks_, numbers_, transposed_);
+    doubled_ = way_ == PlaneWay::doubled;
+    pairs_ = doubled_ || way_ == PlaneWay::pairs;
+    upwards_ = transposed_ && (way_ == PlaneWay::slide || way_ == PlaneWay::roll);
+    return true;
+  }
+
+  // ---- a task ----------------------------------------------------------------------------------
+
+  // What the pieces of a task share.
+  struct Workspace {
+    E* values;  // the panel
+    T* staged;  // tiles of each phase along w
+    int64_t staged_pitch;
+    PlanePhase<T> phase;
     PlaneTiling<T> tiling;
-    int64_t number = begin % chunks.total(), g = begin / chunks.total() % s.groups;
-    int64_t n = begin / chunks.total() / s.groups;
-    int64_t cleared_for = -1;
+  };
+  struct Piece {
     Chunk chunk;
     int64_t first[3], from[3], to[3];  // what a panel holds, and what of that lies in the tensor
-    for (int64_t piece = begin; piece < end; ++piece) {
+    int64_t first_row, end_row;        // of the panel, that strips read
+    const T* ahead;                    // what the next piece reads
+  };
+
+  void run_task(int64_t begin, int64_t end) const {
+    const int64_t pitch = chunks_.size[2] / wide_.period + 1 + L;
+    // Before the panel L elements may be read that are not used, and 2 * L behind it.
+    const int64_t panel_size = panel_.size() + 3 * L;
+    const int64_t staged_size = wide_.period * most_tile_rows * pitch;
+    Arena& arena = task_arena();
+    arena.reset(Arena::bytes_for<E>(panel_size) + Arena::bytes_for<T>(staged_size));
+    E* const values = arena.take<E>(panel_size) + L;
+    T* const staged = arena.take<T>(staged_size);
+    const int64_t tap_row_count = numbers_ / wide_.kernel;
+    Workspace w{values,
+                staged,
+                pitch,
+                {lists_, 0, 0, nullptr, E(0), tap_rows_, tap_row_count, wide_.kernel, part_},
+                {}};
+    const int64_t count = chunks_.total();
+    int64_t number = begin % count, g = begin / count % s_.groups, n = begin / count / s_.groups;
+    int64_t cleared_for = -1;
+    Piece piece;
+    for (int64_t i = begin; i < end; ++i) {
       if (number != cleared_for) {  // the padding stays clear from one plane to the next
         std::memset(values - L, 0, panel_size * sizeof(E));
         cleared_for = number;
-        chunk = chunks.chunk(number);
-        for (int a = 0; a < 3; ++a) {
-          first[a] = axis[a].first_source(chunk.begin[a]);
-          from[a] = most(first[a], 0);
-          to[a] = least(first[a] + axis[a].source_extent(chunk.size[a]), axis[a].source);
-        }
+        piece = piece_of(number);
       }
-      const T* const plane = static_cast<const T*>(source.data) + n * source.stride[0] +
-                             g * planes * source.stride[1] + from[2];
-      if (from[2] < to[2])
-        for (int64_t j = 0; j < planes; ++j)
-          for (int64_t d = from[0]; d < to[0]; ++d)
-            split_rows(
-                plane + j * source.stride[1] + d * source.stride[2] + from[1] * source.stride[3],
-                source.stride[3], to[1] - from[1], from[2] - first[2], to[2] - first[2], step_w,
-                part,
-                values + j * panel.plane_pitch() + (d - first[0]) * panel.slice_pitch() +
-                    (from[1] - first[1]) * panel.row_pitch(),
-                panel.row_pitch());
-      // For strips: source rows in the order of the taps, without the padding if that adds nothing.
-      int64_t first_row = 0, end_row = panel.extent[1];
-      if (finite) {
-        first_row = upwards ? first[1] + panel.extent[1] - to[1] : from[1] - first[1];
-        end_row = upwards ? first[1] + panel.extent[1] - from[1] : to[1] - first[1];
-        first_row = least(first_row, kernel - 1);
-        end_row = most(end_row, first_row);
+      const T* const plane = static_cast<const T*>(source_.data) + n * source_.stride[0] +
+                             g * planes_ * source_.stride[1] + piece.from[2];
+      fill_panel(piece, plane, values);
+      piece.ahead = count == 1 ? plane + planes_ * source_.stride[1]
+                               : plane + piece.to[1] * source_.stride[3];
+      for (int64_t c = g * group_; c < (g + 1) * group_; ++c) {
+        w.phase.weights = weights_ + c * numbers_;
+        w.phase.bias = p_.bias ? widened(static_cast<const T*>(p_.bias)[c]) : E(0);
+        write_plane(piece,
+                    static_cast<T*>(written_.data) + n * written_.stride[0] +
+                        c * written_.stride[1] + piece.chunk.begin[2] * written_.stride[4],
+                    w);
       }
-      const T* const ahead = chunks.total() == 1 ? plane + planes * source.stride[1]
-                                                 : plane + to[1] * source.stride[3];
-      for (int64_t c = g * group; c < (g + 1) * group; ++c) {
-        phase.weights = weights + c * numbers;
-        phase.bias = p.bias ? widened(static_cast<const T*>(p.bias)[c]) : E(0);
-        for (int64_t d = 0; d < chunk.size[0]; ++d)
-          for (int64_t qh = 0; qh < (doubled ? 1 : least(period_h, chunk.size[1])); ++qh) {
-            const int64_t rows =
-                doubled ? chunk.size[1] : (chunk.size[1] - qh + period_h - 1) / period_h;
-            const int64_t at_d = chunk.begin[0] + d, at_h = chunk.begin[1] + qh;
-            const E* const slice = values + (axis[0].base(at_d) - first[0]) * panel.slice_pitch();
-            T* const result = static_cast<T*>(written.data) + n * written.stride[0] +
-                              c * written.stride[1] + at_d * written.stride[2] +
-                              chunk.begin[2] * written.stride[4];
-            const int64_t of_row =
-                (at_d % axis[0].period * phases[1] + at_h % period_h) * phases[2];
-            const int64_t columns =
-                (chunk.size[2] + period_w - 1) / period_w;  // of a phase, or 1 more
-            if (tiling.rows != rows || tiling.columns != columns)
-              tiling = PlaneTiling<T>(rows, columns, way, kernel,
-                                      doubled      ? axis[1].pad % 2
-                                      : transposed ? -1
-                                                   : stride);
-            const int64_t some = tiling.tile_rows;
-            for (int64_t next = 0; next < rows; next += some) {
-              const int64_t row = least(next, rows - some);  // the last may overlap the one before
-              for (int64_t qw = 0; qw < (pairs ? 1 : least(period_w, chunk.size[2])); ++qw) {
-                const int64_t at_w = chunk.begin[2] + qw;
-                const int64_t q = of_row + at_w % period_w;
-                phase.chain = lists.phase_begin[q];
-                phase.last_chain = lists.phase_begin[q + 1];
-                if (pairs) {
-                  phase.odd_chain = phase.last_chain;
-                  phase.odd_last_chain = lists.phase_begin[q + 2];
-                }
-                const int64_t lead = upwards ? row + some - 1 : row;
-                PlaneTile<T> tile;
-                tile.source =
-                    slice +
-                    (axis[1].base(at_h) + lead * axis[1].step - first[1]) * panel.row_pitch() +
-                    (step_w == 1 ? axis[2].base(at_w) - first[2] : 0);
-                if (doubled) tile.source += axis[1].pad / 2 * panel.row_pitch() + axis[2].pad / 2;
-                tile.source_step = (upwards                  ? -1
-                                    : way == PlaneWay::slide ? 1
-                                                             : axis[1].step) *
-                                   panel.row_pitch();
-                if (period_w == 1 || pairs) {
-                  tile.out = result + (at_h + lead * period_h) * written.stride[3];
-                  tile.out_step = (upwards ? -1 : doubled ? 1 : period_h) * written.stride[3];
-                } else {
-                  tile.out = staged + qw * 7 * staged_pitch;
-                  tile.out_step = staged_pitch;
-                }
-                tile.rows = rows;
-                tile.first = first_row;
-                tile.end = end_row;
-                tile.ahead = ahead;
-                if (way == PlaneWay::slide) tile.ahead += row * axis[1].step * source.stride[3];
-                tile.ahead_step = source.stride[3];
-                tile.ahead_plane = source.stride[1];
-                tile.next_out = written.stride[1];
-                tiling.run(phase, (chunk.size[2] - qw + period_w - 1) / period_w, tile);
-              }
-              if (period_w > 1 && !pairs)
-                for (int64_t i = 0; i < some; ++i)
-                  merge_run(staged + i * staged_pitch, 7 * staged_pitch, period_w, chunk.size[2],
-                            result + (at_h + (row + i) * period_h) * written.stride[3]);
-            }
-          }
-      }
-      if (++number == chunks.total()) number = 0, ++g;
-      if (g == s.groups) g = 0, ++n;
+      if (++number == count) number = 0, ++g;
+      if (g == s_.groups) g = 0, ++n;
     }
-  };
-  const int64_t products = chunks.size[0] * chunks.size[1] * chunks.size[2] * group * numbers;
-  parallel_for(s.batch * s.groups * chunks.total(), 1 + worthwhile_products / (products + 1),
-               environment_of<T>, work);
+  }
+
+  Piece piece_of(int64_t number) const {
+    Piece piece;
+    piece.chunk = chunks_.chunk(number);
+    for (int a = 0; a < 3; ++a) {
+      piece.first[a] = axis_[a].first_source(piece.chunk.begin[a]);
+      piece.from[a] = most(piece.first[a], 0);
+      piece.to[a] =
+          least(piece.first[a] + axis_[a].source_extent(piece.chunk.size[a]), axis_[a].source);
+    }
+    // For strips: source rows in the order of the taps, without the padding if that adds nothing.
+    piece.first_row = 0, piece.end_row = panel_.extent[1];
+    if (finite_) {
+      const int64_t from = piece.from[1] - piece.first[1], to = piece.to[1] - piece.first[1];
+      piece.first_row = least(upwards_ ? panel_.extent[1] - to : from, high_.kernel - 1);
+      piece.end_row = most(upwards_ ? panel_.extent[1] - from : to, piece.first_row);
+    }
+    return piece;
+  }
+
+  void fill_panel(const Piece& piece, const T* plane, E* values) const {
+    const int64_t *const first = piece.first, *const from = piece.from, *const to = piece.to;
+    const int64_t* const stride = source_.stride;
+    if (from[2] >= to[2]) return;
+    for (int64_t j = 0; j < planes_; ++j)
+      for (int64_t d = from[0]; d < to[0]; ++d)
+        split_rows(plane + j * stride[1] + d * stride[2] + from[1] * stride[3], stride[3],
+                   to[1] - from[1], from[2] - first[2], to[2] - first[2], wide_.step, part_,
+                   values + j * panel_.plane_pitch() + (d - first[0]) * panel_.slice_pitch() +
+                       (from[1] - first[1]) * panel_.row_pitch(),
+                   panel_.row_pitch());
+  }
+
+  // A piece of one channel, of which `target` is the first column.
+  void write_plane(const Piece& piece, T* target, Workspace& w) const {
+    const Chunk& chunk = piece.chunk;
+    for (int64_t d = 0; d < chunk.size[0]; ++d)
+      for (int64_t qh = 0; qh < (doubled_ ? 1 : least(high_.period, chunk.size[1])); ++qh) {
+        const int64_t rows = doubled_ ? chunk.size[1] : up(chunk.size[1] - qh, high_.period);
+        const int64_t columns = up(chunk.size[2], wide_.period);  // of a phase, or 1 more
+        const int64_t step = doubled_ ? high_.pad % 2 : transposed_ ? -1 : s_.axis[2].stride;
+        if (w.tiling.rows != rows || w.tiling.columns != columns)
+          w.tiling = PlaneTiling<T>(rows, columns, way_, high_.kernel, step);
+        write_rows(piece, chunk.begin[0] + d, chunk.begin[1] + qh, rows, target, w);
+      }
+  }
+
+  // The rows of a phase along h, of which the first is row at_h of slice at_d.
+  void write_rows(const Piece& piece, int64_t at_d, int64_t at_h, int64_t rows, T* target,
+                  Workspace& w) const {
+    const Chunk& chunk = piece.chunk;
+    const int64_t of_row = (at_d % axis_[0].period * phases_[1] + at_h % high_.period) * phases_[2];
+    T* const result = target + at_d * written_.stride[2];
+    const int64_t some = w.tiling.tile_rows;
+    for (int64_t next = 0; next < rows; next += some) {
+      const int64_t row = least(next, rows - some);  // the last may overlap the one before
+      for (int64_t qw = 0; qw < (pairs_ ? 1 : least(wide_.period, chunk.size[2])); ++qw) {
+        const int64_t at_w = chunk.begin[2] + qw;
+        const int32_t* const chains = lists_.phase_begin + of_row + at_w % wide_.period;
+        w.phase.chain = chains[0];
+        w.phase.last_chain = chains[1];
+        if (pairs_) {
+          w.phase.odd_chain = chains[1];
+          w.phase.odd_last_chain = chains[2];
+        }
+        PlaneTile<T> tile = tile_of(piece, at_d, at_h, at_w, row, some, w.values);
+        if (wide_.period == 1 || pairs_) {
+          tile.out = result + (at_h + lead_of(row, some) * high_.period) * written_.stride[3];
+          tile.out_step = (upwards_ ? -1 : doubled_ ? 1 : high_.period) * written_.stride[3];
+        } else {
+          tile.out = w.staged + qw * most_tile_rows * w.staged_pitch;
+          tile.out_step = w.staged_pitch;
+        }
+        tile.rows = rows;
+        w.tiling.run(w.phase, up(chunk.size[2] - qw, wide_.period), tile);
+      }
+      if (wide_.period > 1 && !pairs_)
+        for (int64_t i = 0; i < some; ++i)
+          merge_run(w.staged + i * w.staged_pitch, most_tile_rows * w.staged_pitch, wide_.period,
+                    chunk.size[2], result + (at_h + (row + i) * high_.period) * written_.stride[3]);
+    }
+  }
+  // The row that a tile of `some` rows begins with.
+  int64_t lead_of(int64_t row, int64_t some) const { return upwards_ ? row + some - 1 : row; }
+
+  // What a tile reads.
+  PlaneTile<T> tile_of(const Piece& piece, int64_t at_d, int64_t at_h, int64_t at_w, int64_t row,
+                       int64_t some, const E* values) const {
+    PlaneTile<T> tile;
+    tile.source =
+        values + (axis_[0].base(at_d) - piece.first[0]) * panel_.slice_pitch() +
+        (high_.base(at_h) + lead_of(row, some) * high_.step - piece.first[1]) * panel_.row_pitch() +
+        (wide_.step == 1 ? wide_.base(at_w) - piece.first[2] : 0);
+    if (doubled_) tile.source += high_.pad / 2 * panel_.row_pitch() + wide_.pad / 2;
+    const int64_t step = upwards_ ? -1 : way_ == PlaneWay::slide ? 1 : high_.step;
+    tile.source_step = step * panel_.row_pitch();
+    tile.first = piece.first_row;
+    tile.end = piece.end_row;
+    tile.ahead = piece.ahead;
+    if (way_ == PlaneWay::slide) tile.ahead += row * high_.step * source_.stride[3];
+    tile.ahead_step = source_.stride[3];
+    tile.ahead_plane = source_.stride[1];
+    tile.next_out = written_.stride[1];
+    return tile;
+  }
+
+  const ConvProblem& p_;
+  const ConvShape& s_;
+  const bool transposed_;
+  const int64_t group_, planes_;  // channels of a group that are written, and read
+  const int64_t numbers_;         // terms
+  const RawView &source_, &written_;
+  MapAxis axis_[3];
+  const MapAxis &high_ = axis_[1], &wide_ = axis_[2];
+  int64_t phases_[3];
+  Chunks chunks_;
+  PanelShape panel_{1, planes_, {}, 1};
+  int64_t part_;  // of a row, of one remainder
+  const E* weights_;
+  const int32_t* tap_rows_;
+  TermLists lists_;
+  bool finite_;
+  PlaneWay way_;
+  bool doubled_, pairs_;
+  bool upwards_;  // the order in which taps read rows
+};
+
+template <class T>
+bool map_planes(const ConvProblem& p) {
+  PlaneMap<T> map(p);
+  if (!map.prepare()) return false;
+  map.run();
   return true;
 }
 
