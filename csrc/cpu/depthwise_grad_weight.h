@@ -307,7 +307,25 @@ class InPlaceGradWeight {
         blocks_(up(s_.groups, L)),
         plane_rows_(deep_.kernel * high_.kernel),
         sums_(s_.taps() * L),
-        rows_(deep_.out * high_.out) {
+        rows_(deep_.out * high_.out) {}
+
+  bool fits() const {
+    return s_.group_in() == 1 && s_.group_out() == 1 && p_.input.stride[1] == 1 &&
+           p_.output.stride[1] == 1 && s_.groups >= L && blocks_ >= thread_count() &&
+           plane_rows_ <= most_rows;
+  }
+
+  void run() {
+    cut_rows();
+    const int64_t products = s_.batch * s_.outputs() * sums_;
+    parallel_for(blocks_, 1 + worthwhile_products / (products + 1), environment_of<T>,
+                 [&](int64_t begin, int64_t end) { run_task(begin, end); });
+  }
+
+ private:
+  // ---- the plan --------------------------------------------------------------------------------
+
+  void cut_rows() {
     // As many as read few enough lines that the first cache still has them for the next block.
     const int64_t extent = (high_.kernel - 1) * high_.dilation + 1;
     band_ =
@@ -316,19 +334,8 @@ class InPlaceGradWeight {
     while (right_ > left_ && wide_.input_of(right_ - 1, wide_.kernel - 1) >= wide_.in) --right_;
   }
 
-  bool fits() const {
-    return s_.group_in() == 1 && s_.group_out() == 1 && p_.input.stride[1] == 1 &&
-           p_.output.stride[1] == 1 && s_.groups >= L && blocks_ >= thread_count() &&
-           plane_rows_ <= most_rows;
-  }
+  // ---- a task ----------------------------------------------------------------------------------
 
-  void run() const {
-    const int64_t products = s_.batch * s_.outputs() * sums_;
-    parallel_for(blocks_, 1 + worthwhile_products / (products + 1), environment_of<T>,
-                 [&](int64_t begin, int64_t end) { run_task(begin, end); });
-  }
-
- private:
   struct Workspace {
     int64_t begin, count;  // blocks
     E *totals, *chains;
@@ -487,7 +494,7 @@ class InPlaceGradWeight {
   const int64_t blocks_, plane_rows_;  // of channels; of taps
   const int64_t sums_;                 // of a block
   const int64_t rows_;                 // of pixels
-  int64_t band_;                       // so many of them
+  int64_t band_ = 1;                   // so many of them
   // The pixels of a row that read no padding lie between these.
   int64_t left_ = 0, right_ = wide_.out;
 };
@@ -769,7 +776,7 @@ template <class T>
 bool few_channels_grad_weight(const ConvProblem& p) {
   using V = Vec<Total<T>>;
   const ConvShape& s = p.shape;
-  const auto done = [](const auto& product) {
+  const auto done = [](auto product) {
     if (!product.fits()) return false;
     product.run();
     return true;
