@@ -122,6 +122,8 @@ class _Rules(_SingleLevelFunction):
         cls.rest = (None,) * (len(cls.op._schema.arguments) - cls.tensors)
         cls.forward = staticmethod(_forward(cls.op))
         cls.jvp = staticmethod(_with_lower_levels(cls.jvp))
+        # What the engine calls: torch's own method only looks up which function this is.
+        cls._backward_cls.apply = cls.backward
         # Not torch.library.register_autograd: its kernel drops the tangents of forward mode.
         LIBRARY.impl(cls.op._schema.name, _autograd_kernel(cls), "Autograd")
         torch.library.register_vmap(cls.op._schema.name, _also_over_nothing(cls.vmap))
