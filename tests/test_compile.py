@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import func
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import torch_naiveconv as tn
@@ -57,6 +58,18 @@ def test_the_default_backend():
     model.zero_grad()
     model(x).square().sum().backward()
     torch.testing.assert_close(got, [p.grad for p in model.parameters()])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_compiled_autograd(name):
+    """An eager forward whose backward is compiled."""
+    x, w = torch.randn(SHAPES[0], requires_grad=True), W.clone().requires_grad_()
+    FUNCTIONS[name](x, w).square().sum().backward()
+    expected = x.grad, w.grad
+    x.grad = w.grad = None
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        FUNCTIONS[name](x, w).square().sum().backward()
+    assert torch.equal(x.grad, expected[0]) and torch.equal(w.grad, expected[1])
 
 
 def network(w):

@@ -19,6 +19,11 @@ ROWS = [
         "test_compile.py::test_one_graph_for_all_shapes",
     ),
     (
+        "Compiled autograd of eager calls",
+        "one graph, the eager bits",
+        "test_compile.py::test_compiled_autograd",
+    ),
+    (
         "`torch.func` inside `torch.compile`",
         "grad, jvp, vmap, hessian",
         "test_compile.py::test_transforms_inside",

@@ -26,6 +26,10 @@ from . import ops
 
 Ints = list[int]
 
+# Gradients of the arguments that are no tensors. As many as any rule needs: what is too much, the
+# engine drops.
+REST = (None,) * 5
+
 
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 
@@ -111,15 +115,16 @@ class _Rules(_SingleLevelFunction):
 
     op: Any
     tensors: int
-    rest: tuple[None, ...]  # the gradients of all other arguments
     apply: Any  # of the base class, which works at one level of torch.func
     forward: Any
     jvp: Any
     vmap: Any
 
+    # The base class for one level of torch.func lacks what compiled autograd asks a node for.
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
     @staticmethod
     def register(cls: type[_Rules]) -> type[_Rules]:
-        cls.rest = (None,) * (len(cls.op._schema.arguments) - cls.tensors)
         cls.forward = staticmethod(_forward(cls.op))
         cls.jvp = staticmethod(_with_lower_levels(cls.jvp))
         # What the engine calls: torch's own method only looks up which function this is.
@@ -199,7 +204,7 @@ class Conv(_Rules):
             )
         if needs_bias:
             grad_bias = conv_grad_bias(grad, None, impl)
-        return grad_input, grad_weight, grad_bias, *Conv.rest
+        return grad_input, grad_weight, grad_bias, *REST
 
     @staticmethod
     def jvp(ctx: Any, d_input: Any, d_weight: Any, d_bias: Any, *_: Any) -> Tensor | None:
@@ -262,7 +267,7 @@ class ConvGradInput(_Rules):
             )
         if bias is not None and needs[2]:
             d_bias = conv_grad_bias(grad, None, impl)
-        return d_grad_output, d_weight, d_bias, *ConvGradInput.rest
+        return d_grad_output, d_weight, d_bias, *REST
 
     @staticmethod
     def jvp(ctx: Any, d_grad_output: Any, d_weight: Any, d_bias: Any, *_: Any) -> Tensor | None:
@@ -342,7 +347,7 @@ class ConvGradWeight(_Rules):
                 grad_output, weight, None, list(input.shape)[2:], geometry, groups, impl
             )
         d_total = grad if total is not None and needs[2] else None
-        return d_grad_output, d_input, d_total, *ConvGradWeight.rest
+        return d_grad_output, d_input, d_total, *REST
 
     @staticmethod
     def jvp(ctx: Any, d_grad_output: Any, d_input: Any, d_total: Any, *_: Any) -> Tensor | None:
@@ -391,7 +396,7 @@ class ConvGradBias(_Rules):
                 .expand(grad_output.shape)
             )
         d_total = grad if total is not None and ctx.needs_input_grad[1] else None
-        return d_grad_output, d_total, *ConvGradBias.rest
+        return d_grad_output, d_total, *REST
 
     @staticmethod
     def jvp(ctx: Any, d_grad_output: Any, d_total: Any, *_: Any) -> Tensor | None:
@@ -444,9 +449,9 @@ class MaxPool(_Rules):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
         if grad is None:
-            return None, *MaxPool.rest
+            return None, *REST
         chosen = MaxPool.chosen(ctx.saved_tensors)
-        return max_pool_scatter(grad, chosen, *ctx.scatter), *MaxPool.rest
+        return max_pool_scatter(grad, chosen, *ctx.scatter), *REST
 
     @staticmethod
     def jvp(ctx: Any, d_input: Tensor, *_: Any) -> Any:
@@ -496,7 +501,7 @@ class MaxPoolScatter(_IndexedMap):
     def backward(ctx: Any, grad: Tensor) -> Any:
         (index,) = ctx.saved_tensors
         _size, *rest = ctx.arguments
-        return max_pool_gather(grad, index, ctx.spatial, *rest), None, *MaxPoolScatter.rest
+        return max_pool_gather(grad, index, ctx.spatial, *rest), None, *REST
 
     @staticmethod
     def jvp(ctx: Any, d_values: Tensor, *_: Any) -> Tensor:
@@ -513,7 +518,7 @@ class MaxPoolGather(_IndexedMap):
     def backward(ctx: Any, grad: Tensor) -> Any:
         (index,) = ctx.saved_tensors
         _size, *rest = ctx.arguments
-        return max_pool_scatter(grad, index, ctx.spatial, *rest), None, *MaxPoolGather.rest
+        return max_pool_scatter(grad, index, ctx.spatial, *rest), None, *REST
 
     @staticmethod
     def jvp(ctx: Any, d_values: Tensor, *_: Any) -> Tensor:
@@ -528,7 +533,7 @@ class MaxUnpool(_IndexedMap):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return max_unpool_gather(grad, ctx.saved_tensors[0]), None, *MaxUnpool.rest
+        return max_unpool_gather(grad, ctx.saved_tensors[0]), None, *REST
 
     @staticmethod
     def jvp(ctx: Any, d_values: Tensor, *_: Any) -> Tensor:
