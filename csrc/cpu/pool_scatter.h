@@ -379,6 +379,8 @@ struct Block {
   static constexpr int slots = stride == 1 ? 4 : 1;  // rows of inputs, in strides
   static constexpr int rows = slots * stride;
   static constexpr int windows = Reached<stride, kernel, shift>::count + slots - 1;
+  // Two vectors side by side where there are registers: additions to one sum wait for each other.
+  static constexpr bool pairs = vector_bytes == 64 && stride == 1;
 };
 template <int stride, int kernel, int shift, class L>
 void scatter_blocks(const GradRow<L>* planes, int64_t plane_count, int64_t grad_pitch,
@@ -388,25 +390,29 @@ void scatter_blocks(const GradRow<L>* planes, int64_t plane_count, int64_t grad_
   constexpr int V = lanes<L>;
   const int64_t whole = size - stride * V;
   const bool overlap = whole >= 0 && size % stride == 0;  // as in scatter_row
-  for (int64_t row = 0; row < rows; row += B::rows) {
-    row = std::min(row, rows - B::rows);  // the last block overlaps the one before it
-    const int64_t first = static_cast<int64_t>(static_cast<uint64_t>(row) / stride);
-    for (int64_t i = 0; i < size; i += stride * V) {
-      if (overlap) i = std::min(i, whole);
-      const int64_t window = static_cast<int64_t>(static_cast<uint64_t>(i) / stride);
-      Vec<L> sum[B::rows][stride] = {};
-      for (int64_t p = 0; p < plane_count; ++p) {
-        Choices<L> own[kernel * kernel];
+  // Inputs from columns `one` on, and from `other` on.
+  const auto block = [&](int64_t row, int64_t one, int64_t other, auto vectors) {
+    constexpr int count = decltype(vectors)::value;
+    const auto over = [](int64_t i) {
+      return static_cast<int64_t>(static_cast<uint64_t>(i) / stride);
+    };
+    const int64_t first = over(row), window = over(one), apart = over(other) - window;
+    Vec<L> sum[count][B::rows][stride] = {};
+    for (int64_t p = 0; p < plane_count; ++p) {
+      Choices<L> own[kernel * kernel];
 #pragma GCC unroll 16
-        for (int k = 0; k < kernel * kernel; ++k) own[k] = Masked::in_register<L>(planes[p].own[k]);
-        const L* grads = planes[p].grad + first * grad_pitch + window;
-        const uint8_t* indices = planes[p].index + first * index_pitch + window;
+      for (int k = 0; k < kernel * kernel; ++k) own[k] = Masked::in_register<L>(planes[p].own[k]);
+      const L* grads = planes[p].grad + first * grad_pitch + window;
+      const uint8_t* indices = planes[p].index + first * index_pitch + window;
 #pragma GCC unroll 8
-        for (int m = 0; m < B::windows; ++m, grads += grad_pitch, indices += index_pitch) {
+      for (int m = 0; m < B::windows; ++m, grads += grad_pitch, indices += index_pitch) {
 #pragma GCC unroll 8
-          for (int n = 0; n < Windows::count; ++n) {
-            const Vec<L> grad = Masked::in_register<L>(load(grads + n));
-            const Choices<L> chosen = Masked::in_register<L>(Masked::choices<L>(indices + n));
+        for (int n = 0; n < Windows::count; ++n) {
+#pragma GCC unroll 2
+          for (int v = 0; v < count; ++v) {
+            const int64_t at = n + (v ? apart : 0);
+            const Vec<L> grad = Masked::in_register<L>(load(grads + at));
+            const Choices<L> chosen = Masked::in_register<L>(Masked::choices<L>(indices + at));
 #pragma GCC unroll 4
             for (int r = 0; r < B::rows; ++r) {
 #pragma GCC unroll 4
@@ -414,25 +420,42 @@ void scatter_blocks(const GradRow<L>* planes, int64_t plane_count, int64_t grad_
                 const int kh = r + shift - (Windows::first + m) * stride;
                 const int kw = phase + shift - (Windows::first + n) * stride;
                 if (kh < 0 || kh >= kernel || kw < 0 || kw >= kernel) continue;
-                sum[r][phase] = Masked::add<L>(
-                    sum[r][phase], Masked::equal<L>(chosen, own[kh * kernel + kw]), grad);
+                sum[v][r][phase] = Masked::add<L>(
+                    sum[v][r][phase], Masked::equal<L>(chosen, own[kh * kernel + kw]), grad);
               }
             }
           }
         }
       }
+    }
 #pragma GCC unroll 4
-      for (int r = 0; r < B::rows; ++r) {
-        for (auto& phase : sum[r]) phase = canonical_sum<L>(phase);
+    for (int r = 0; r < B::rows; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < count; ++v) {
+        const int64_t i = v ? other : one;
+        for (auto& phase : sum[v][r]) phase = canonical_sum<L>(phase);
         Vec<L> out[stride];
-        join<stride, L>(sum[r], out);
+        join<stride, L>(sum[v][r], out);
         L* const target = to + (row + r) * pitch;
         prefetch_stores(target + i, stride * vector_bytes);
-        for (int v = 0; v < stride; ++v)
-          if (i <= whole)
-            store(target + i + v * V, out[v]);
+        for (int part = 0; part < stride; ++part)
+          if (count > 1 || i <= whole)
+            store(target + i + part * V, out[part]);
           else
-            store_clipped(target, i + v * V, size, out[v]);
+            store_clipped(target, i + part * V, size, out[part]);
+      }
+    }
+  };
+  for (int64_t row = 0; row < rows; row += B::rows) {
+    row = std::min(row, rows - B::rows);  // the last block overlaps the one before it
+    for (int64_t i = 0; i < size; i += stride * V) {
+      if (overlap) i = std::min(i, whole);
+      if (B::pairs && overlap && i < whole) {
+        const int64_t other = std::min(i + stride * V, whole);
+        block(row, i, other, std::integral_constant<int, 2>{});
+        i = other;
+      } else {
+        block(row, i, i, std::integral_constant<int, 1>{});
       }
     }
   }
