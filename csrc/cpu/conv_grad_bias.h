@@ -87,7 +87,7 @@ bool grad_bias(const ConvProblem& p) {
         put_total<T>(sums[l], p.keep_total, p.weight.data, block * L + l);
     }
   };
-  const int64_t blocks = (s.out_channels + L - 1) / L;
+  const int64_t blocks = up(s.out_channels, L);
   parallel_for(blocks, 1 + worthwhile_products / (s.batch * s.outputs() * L + 1), environment_of<T>,
                work);
   return true;

@@ -52,8 +52,7 @@ struct Bands {
       lower %= stride;
       upper %= stride;
       if (b.outputs.size(a) > 1) lower = 0, upper = stride - 1;
-      size[a] = most(size[a], (b.outputs.size(a) - 1) * s.axis[a].stride +
-                                  (s.axis[a].kernel - 1) * s.axis[a].dilation + 1);
+      size[a] = most(size[a], s.axis[a].extent(b.outputs.size(a)));
     }
   }
 };

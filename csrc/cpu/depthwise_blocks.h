@@ -136,7 +136,7 @@ bool map_blocks(const ConvProblem& p) {
   const int64_t group = transposed ? s.group_in() : s.group_out();  // written channels of a group
   const int64_t planes = transposed ? s.group_out() : s.group_in();
   const int64_t channels = transposed ? s.in_channels : s.out_channels;
-  const int64_t blocks = (channels + L - 1) / L;
+  const int64_t blocks = up(channels, L);
   if (group >= L) return false;
   const RawView& source = transposed ? p.output : p.input;
   const RawView& written = transposed ? p.input : p.output;
@@ -166,7 +166,7 @@ bool map_blocks(const ConvProblem& p) {
       axis, phases, panel, true,
       [&](int64_t phase, int64_t k) { return axis[2].shift(phase, k) * L; }, lists);
 
-  const int64_t teams = (blocks + together - 1) / together;
+  const int64_t teams = up(blocks, together);
   const auto work = [&](int64_t begin, int64_t end) {
     Arena& arena = task_arena();
     arena.reset(Arena::bytes_for<E>(panel.size()) + Arena::bytes_for<E>(chunks.size[2] * L));
@@ -195,7 +195,7 @@ bool map_blocks(const ConvProblem& p) {
           for (int64_t i = 0; i < least(period, chunk.size[2]); ++i) {
             const int64_t w = chunk.begin[2] + i;
             const auto run = [&](auto* out, int64_t out_step, int last_lanes) {
-              const BlockRow<T> positions{.count = (chunk.size[2] - i + period - 1) / period,
+              const BlockRow<T> positions{.count = up(chunk.size[2] - i, period),
                                           .phase = row_phase + w % period,
                                           .blocks = count,
                                           .last_lanes = last_lanes,

@@ -202,8 +202,8 @@ inline bool choose_chunks(const MapAxis* axis, int64_t element_bytes, int64_t bu
       else
         high = chunks.size[a] - 1;
     }
-    const int64_t pieces = (chunks.whole[a] + low - 1) / low;  // evenly: no sliver at the end
-    chunks.size[a] = (chunks.whole[a] + pieces - 1) / pieces;
+    const int64_t pieces = up(chunks.whole[a], low);  // evenly: no sliver at the end
+    chunks.size[a] = up(chunks.whole[a], pieces);
     chunks.count[a] = pieces;
   }
   bytes();
@@ -218,7 +218,7 @@ bool pack_weights(const ConvProblem& p, int64_t channels, int64_t group, int64_t
                   int64_t lanes, bool shifted, Total<T>* weights) {
   using E = Total<T>;
   const bool transposed = p.direction == Direction::grad_input;
-  const int64_t numbers = planes * p.shape.taps(), blocks = (channels + lanes - 1) / lanes;
+  const int64_t numbers = planes * p.shape.taps(), blocks = up(channels, lanes);
   const int64_t* const stride = p.weight.stride;
   const Axis* const axis = p.shape.axis;
   bool finite = true;

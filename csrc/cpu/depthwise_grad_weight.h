@@ -327,9 +327,8 @@ class InPlaceGradWeight {
 
   void cut_rows() {
     // As many as read few enough lines that the first cache still has them for the next block.
-    const int64_t extent = (high_.kernel - 1) * high_.dilation + 1;
-    band_ =
-        most(1, (128 - (extent - high_.stride) * wide_.in) / (high_.stride * wide_.in + wide_.out));
+    band_ = most(1, (128 - (high_.extent(1) - high_.stride) * wide_.in) /
+                        (high_.stride * wide_.in + wide_.out));
     while (left_ < right_ && wide_.input_of(left_, 0) < 0) ++left_;
     while (right_ > left_ && wide_.input_of(right_ - 1, wide_.kernel - 1) >= wide_.in) --right_;
   }
@@ -518,7 +517,6 @@ class PanelGradWeight {
   explicit PanelGradWeight(const ConvProblem& p)
       : p_(p),
         s_(p.shape),
-        kernel_(wide_.kernel),
         plane_rows_(deep_.kernel * high_.kernel),
         all_rows_(s_.group_in() * plane_rows_),
         blocks_(up(s_.out_channels, L)) {
@@ -529,7 +527,7 @@ class PanelGradWeight {
   bool fits() const { return panel_bytes_of() <= panel_limit; }
 
   void run() const {
-    const int64_t products = s_.batch * s_.outputs() * L * all_rows_ * kernel_ / parts_;
+    const int64_t products = s_.batch * s_.outputs() * L * all_rows_ * wide_.kernel / parts_;
     parallel_for(blocks_ * parts_, 1 + worthwhile_products / (products + 1), environment_of<T>,
                  [&](int64_t begin, int64_t end) {
                    const Workspace w = workspace();
@@ -553,13 +551,13 @@ class PanelGradWeight {
   // The panel holds the rows that a band of rows of pixels reads, row i in the place of row
   // i - extent; small slices it holds whole. Where one row is too long it holds a piece.
   void cut_bands() {
-    panel_ = {together_, s_.group_in(), {extent(deep_, 1), 0, 0}, L};
+    panel_ = {together_, s_.group_in(), {deep_.extent(1), 0, 0}, L};
     band_ = least(most(band_pixels / wide_.out, 1), high_.out);
     width_ = wide_.out;
     int64_t pieces = 1;
     const auto bytes = [&] {
-      panel_.extent[1] = extent(high_, band_);
-      panel_.extent[2] = most(extent(wide_, width_), wide_.pad + L);
+      panel_.extent[1] = high_.extent(band_);
+      panel_.extent[2] = most(wide_.extent(width_), wide_.pad + L);
       return panel_bytes_of();
     };
     while (bytes() > panel_bytes && band_ > 1) --band_;
@@ -570,9 +568,6 @@ class PanelGradWeight {
     grad_panel_ = {together_, 1, {1, 1, most(band_ * width_, L)}, L};
   }
   int64_t panel_bytes_of() const { return panel_.size() * static_cast<int64_t>(sizeof(E)); }
-  static int64_t extent(const Axis& a, int64_t pixels) {
-    return (pixels - 1) * a.stride + (a.kernel - 1) * a.dilation + 1;
-  }
 
   // ---- a task ----------------------------------------------------------------------------------
 
@@ -598,7 +593,7 @@ class PanelGradWeight {
   };
 
   Workspace workspace() const {
-    const int64_t sums = together_ * all_rows_ * kernel_ * L;
+    const int64_t sums = together_ * all_rows_ * wide_.kernel * L;
     const int64_t slots = panel_.extent[0] * panel_.extent[1];
     Arena& arena = task_arena();
     arena.reset(
@@ -632,12 +627,13 @@ class PanelGradWeight {
                     count,
                     r0,
                     r1,
-                    (r1 - r0) * kernel_ * L,
+                    (r1 - r0) * wide_.kernel * L,
                     Lanes(p_.input, s_.group_out(), s_.group_in(), s_.out_channels, first, count),
                     Lanes(p_.output, 1, 1, s_.out_channels, first, count)};
     std::memset(w.chains, 0, count * chains_of<T> * team.sums * sizeof(E));
     for (int64_t b = 0; b < count; ++b)
-      read_totals<T>(p_, (first + b) * L, r0 * kernel_, team.sums / L, w.totals + b * team.sums);
+      read_totals<T>(p_, (first + b) * L, r0 * wide_.kernel, team.sums / L,
+                     w.totals + b * team.sums);
     for (int64_t n = 0; n < s_.batch; ++n) {
       for (int64_t i = 0; i < panel_.extent[0] * panel_.extent[1]; ++i) w.held[i] = -1;
       int64_t number = 0;  // of the sample's terms
@@ -655,13 +651,14 @@ class PanelGradWeight {
           }
     }
     for (int64_t b = 0; b < count; ++b)
-      write_totals<T>(p_, (first + b) * L, r0 * kernel_, team.sums / L, w.totals + b * team.sums);
+      write_totals<T>(p_, (first + b) * L, r0 * wide_.kernel, team.sums / L,
+                      w.totals + b * team.sums);
     return count;
   }
 
   // What the pixels of a band read, unless it is there.
   void bring_inputs(const Team& team, const Band& band, const Workspace& w) const {
-    const int64_t column = wide_.input_of(band.w, 0), columns = extent(wide_, band.pixels);
+    const int64_t column = wide_.input_of(band.w, 0), columns = wide_.extent(band.pixels);
     const int64_t left = least(most(-column, 0), columns);
     const int64_t right = least(most(wide_.in - column, left), columns);
     const int64_t* const stride = p_.input.stride;
@@ -727,7 +724,7 @@ class PanelGradWeight {
         PixelRows<E> group = rows_of(team, b, c, row, from, pixels, number, some, w);
         group.begins = folds_in_tile<Vec<E>> && number % G == 0;
         group.ends = folds_in_tile<Vec<E>> && closes;
-        all_taps<C>(group, team.r1 - team.r0, kernel_, wide_.dilation * L,
+        all_taps<C>(group, team.r1 - team.r0, wide_.kernel, wide_.dilation * L,
                     passes * wide_.stride * L, total, chains + c * team.sums, team.sums);
       }
       if (!folds_in_tile<Vec<E>> && closes) fold_chains<T>(team.sums, chains, total);
@@ -748,7 +745,7 @@ class PanelGradWeight {
       PixelRow<E>& one = w.row_list[group.count++];
       one = {};
       one.grad = w.grads + b * grad_panel_.block_pitch() + (row * pixels + at) * L;
-      one.middle = (from + piece - at + passes - 1) / passes;
+      one.middle = up(from + piece - at, passes);
       one.taps = tap;
       const E* const* const read = w.read + row * plane_rows_;
       int64_t q = team.r0 % plane_rows_, plane = team.r0 / plane_rows_ * panel_.plane_pitch();
@@ -765,7 +762,7 @@ class PanelGradWeight {
   const ConvProblem& p_;
   const ConvShape& s_;
   const Axis &deep_ = s_.axis[0], &high_ = s_.axis[1], &wide_ = s_.axis[2];
-  const int64_t kernel_, plane_rows_, all_rows_;  // rows of taps, of one plane and of all
+  const int64_t plane_rows_, all_rows_;  // rows of taps, of one plane and of all
   const int64_t blocks_;
   int64_t parts_ = 1, together_ = 1;
   PanelShape panel_, grad_panel_;

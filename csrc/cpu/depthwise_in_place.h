@@ -95,7 +95,7 @@ void in_place_tile(const InPlacePlan<T>& plan, const TapRow<T>* rows, int row_co
   const int64_t new_rows = least(plan.axis[1].step, 2);
   const int64_t new_elements = pixels * least(plan.axis[2].step, 2) / plan.axis[2].period * L;
   const int64_t out_pixel = plan.written.stride[4], out_row = plan.written.stride[3];
-  const int64_t blocks = (plan.channels + L - 1) / L;
+  const int64_t blocks = up(plan.channels, L);
   const int first = edge && w < 0 ? static_cast<int>(-w) : 0;
   const int end = edge ? static_cast<int>(least(pixels, plan.axis[2].written - w)) : pixels;
   to += w * out_pixel;
@@ -307,7 +307,7 @@ bool map_in_place(const ConvProblem& p) {
     for (int64_t l = 0; l < L; ++l)
       plan.lane[j][l] = static_cast<int32_t>(l / plan.planes * plan.planes + j);
 
-  const int64_t blocks = (plan.channels + L - 1) / L;
+  const int64_t blocks = up(plan.channels, L);
   Arena& arena = plan_arena();
   arena.reset(Arena::bytes_for<E>(blocks * plan.numbers * L) + Arena::bytes_for<E>(plan.channels));
   E* const weights = arena.take<E>(blocks * plan.numbers * L);

@@ -159,6 +159,8 @@ class PlaneMap {
   // ---- the plan --------------------------------------------------------------------------------
 
   int64_t phase_count() const { return phases_[0] * phases_[1] * phases_[2]; }
+  bool doubled() const { return way_ == PlaneWay::doubled; }
+  bool pairs() const { return doubled() || way_ == PlaneWay::pairs; }
 
   // The weights, the terms of each phase, the rows that rows of taps read. False: a weight that is
   // not finite would be multiplied by padding that the contract leaves out.
@@ -193,8 +195,6 @@ class PlaneMap {
                                          (wide_.step == 1 ? nearest : 0));
     }
     way_ = way_of<T>(s_, axis_, chunks_, numbers_, transposed_);
-    doubled_ = way_ == PlaneWay::doubled;
-    pairs_ = doubled_ || way_ == PlaneWay::pairs;
     upwards_ = transposed_ && (way_ == PlaneWay::slide || way_ == PlaneWay::roll);
     return true;
   }
@@ -295,10 +295,10 @@ class PlaneMap {
   void write_plane(const Piece& piece, T* target, Workspace& w) const {
     const Chunk& chunk = piece.chunk;
     for (int64_t d = 0; d < chunk.size[0]; ++d)
-      for (int64_t qh = 0; qh < (doubled_ ? 1 : least(high_.period, chunk.size[1])); ++qh) {
-        const int64_t rows = doubled_ ? chunk.size[1] : up(chunk.size[1] - qh, high_.period);
+      for (int64_t qh = 0; qh < (doubled() ? 1 : least(high_.period, chunk.size[1])); ++qh) {
+        const int64_t rows = doubled() ? chunk.size[1] : up(chunk.size[1] - qh, high_.period);
         const int64_t columns = up(chunk.size[2], wide_.period);  // of a phase, or 1 more
-        const int64_t step = doubled_ ? high_.pad % 2 : transposed_ ? -1 : s_.axis[2].stride;
+        const int64_t step = doubled() ? high_.pad % 2 : transposed_ ? -1 : s_.axis[2].stride;
         if (w.tiling.rows != rows || w.tiling.columns != columns)
           w.tiling = PlaneTiling<T>(rows, columns, way_, high_.kernel, step);
         write_rows(piece, chunk.begin[0] + d, chunk.begin[1] + qh, rows, target, w);
@@ -314,19 +314,19 @@ class PlaneMap {
     const int64_t some = w.tiling.tile_rows;
     for (int64_t next = 0; next < rows; next += some) {
       const int64_t row = least(next, rows - some);  // the last may overlap the one before
-      for (int64_t qw = 0; qw < (pairs_ ? 1 : least(wide_.period, chunk.size[2])); ++qw) {
+      for (int64_t qw = 0; qw < (pairs() ? 1 : least(wide_.period, chunk.size[2])); ++qw) {
         const int64_t at_w = chunk.begin[2] + qw;
         const int32_t* const chains = lists_.phase_begin + of_row + at_w % wide_.period;
         w.phase.chain = chains[0];
         w.phase.last_chain = chains[1];
-        if (pairs_) {
+        if (pairs()) {
           w.phase.odd_chain = chains[1];
           w.phase.odd_last_chain = chains[2];
         }
         PlaneTile<T> tile = tile_of(piece, at_d, at_h, at_w, row, some, w.values);
-        if (wide_.period == 1 || pairs_) {
+        if (wide_.period == 1 || pairs()) {
           tile.out = result + (at_h + lead_of(row, some) * high_.period) * written_.stride[3];
-          tile.out_step = (upwards_ ? -1 : doubled_ ? 1 : high_.period) * written_.stride[3];
+          tile.out_step = (upwards_ ? -1 : doubled() ? 1 : high_.period) * written_.stride[3];
         } else {
           tile.out = w.staged + qw * most_tile_rows * w.staged_pitch;
           tile.out_step = w.staged_pitch;
@@ -334,7 +334,7 @@ class PlaneMap {
         tile.rows = rows;
         w.tiling.run(w.phase, up(chunk.size[2] - qw, wide_.period), tile);
       }
-      if (wide_.period > 1 && !pairs_)
+      if (wide_.period > 1 && !pairs())
         for (int64_t i = 0; i < some; ++i)
           merge_run(w.staged + i * w.staged_pitch, most_tile_rows * w.staged_pitch, wide_.period,
                     chunk.size[2], result + (at_h + (row + i) * high_.period) * written_.stride[3]);
@@ -351,7 +351,7 @@ class PlaneMap {
         values + (axis_[0].base(at_d) - piece.first[0]) * panel_.slice_pitch() +
         (high_.base(at_h) + lead_of(row, some) * high_.step - piece.first[1]) * panel_.row_pitch() +
         (wide_.step == 1 ? wide_.base(at_w) - piece.first[2] : 0);
-    if (doubled_) tile.source += high_.pad / 2 * panel_.row_pitch() + wide_.pad / 2;
+    if (doubled()) tile.source += high_.pad / 2 * panel_.row_pitch() + wide_.pad / 2;
     const int64_t step = upwards_ ? -1 : way_ == PlaneWay::slide ? 1 : high_.step;
     tile.source_step = step * panel_.row_pitch();
     tile.first = piece.first_row;
@@ -381,7 +381,6 @@ class PlaneMap {
   TermLists lists_;
   bool finite_;
   PlaneWay way_;
-  bool doubled_, pairs_;
   bool upwards_;  // the order in which taps read rows
 };
 

@@ -130,14 +130,14 @@ struct PlaneTiling {
       : rows(rows),
         columns(columns),
         parts(way == PlaneWay::pairs || way == PlaneWay::doubled ? 2 : 1) {
-    const int64_t row_vecs = (columns + L - 1) / L;
+    const int64_t row_vecs = up(columns, L);
     const int widest =
         static_cast<int>(way == PlaneWay::slide && row_vecs == 4 ? 2 : least(row_vecs, 3));
     // Chains wait for each other where few are under way.
     if (way == PlaneWay::roll && kernel * widest * chains_of<T> < 5) way = PlaneWay::slide;
     int64_t best = INT64_MAX;
     for (const int some : TNC_ISA::tile_rows) {  // the loads of a tile grow slower than its rows
-      const int64_t cost = (rows + some - 1) / some * (some + 1);
+      const int64_t cost = up(rows, some) * (some + 1);
       const bool fits = way == PlaneWay::slide ? slide_fits<T>(some, widest)
                                                : tile_fits(static_cast<int>(some * parts), widest,
                                                            Vec<Total<T>>::registers);
@@ -153,7 +153,7 @@ struct PlaneTiling {
 
   // One row of tiles. `tile` has everything but `last` and `lanes`, at the row's first column.
   TNC_INLINE void run(const PlanePhase<T>& phase, int64_t columns, PlaneTile<T> tile) const {
-    const int64_t vecs = (columns + L - 1) / L;
+    const int64_t vecs = up(columns, L);
     for (int64_t v = 0; v < vecs;) {
       const int64_t some = next(vecs - v);
       tile.last = (some - 1) * L;

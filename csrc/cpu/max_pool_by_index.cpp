@@ -75,12 +75,13 @@ class Scatter {
 
     // A padded row holds its planes one after another, or those of every position together. What
     // is behind its inputs is the padding before the next row's, too.
-    const int64_t behind = extent(w) - w.pad - w.in;
-    width_ = w.in + std::max(w.pad, behind), height_ = extent(h), rows_ = extent(d) * height_;
+    const int64_t behind = padded_size(w) - w.pad - w.in;
+    width_ = w.in + std::max(w.pad, behind), height_ = padded_size(h);
+    rows_ = padded_size(d) * height_;
     step_ = channels_last_ ? side_ : 1, pitch_ = channels_last_ ? 1 : width_;
-    row_ = width_ * side_, margin_ = (extent(w) - width_) * step_;
-    span_ = reach(d) * height_ + reach(h) + 1;
-    room_ = (span_ - 1) * row_ + reach(w) * step_ + 1;
+    row_ = width_ * side_, margin_ = (padded_size(w) - width_) * step_;
+    span_ = (d.extent(1) - 1) * height_ + h.extent(1);
+    room_ = (span_ - 1) * row_ + (w.extent(1) - 1) * step_ + 1;
     // Windows between two bands are visited twice: bands only where threads would have no plane.
     const int64_t tasks = images_ * groups_, threads = thread_count();
     band_ = threads == 1 || tasks >= 2 * threads ? rows_ : rows_ * tasks / (2 * threads);
@@ -99,7 +100,7 @@ class Scatter {
     int64_t size = 1;
     for (const Axis& a : s.axis) {
       if (a.kernel > limit || a.stride > limit || a.dilation > limit || a.pad > limit) return false;
-      const int64_t axis = extent(a);
+      const int64_t axis = padded_size(a);
       if (axis > 4 * a.in + 4096 || axis >= (int64_t{1} << 40) / size) return false;
       size *= axis;
     }
@@ -140,12 +141,8 @@ class Scatter {
     int64_t n, plane, planes, begin, end;
   };
 
-  // Distance of the last tap from the first.
-  static int64_t reach(const Axis& a) { return (a.kernel - 1) * a.dilation; }
   // Inputs with their padding, as far as windows go.
-  static int64_t extent(const Axis& a) {
-    return std::max(a.pad + a.in, (a.out - 1) * a.stride + reach(a) + 1);
-  }
+  static int64_t padded_size(const Axis& a) { return std::max(a.pad + a.in, a.extent(a.out)); }
   int64_t padded(int64_t d, int64_t h, int64_t w) const {
     return (d * height_ + h) * row_ + w * step_;
   }

@@ -389,12 +389,6 @@ class Forward {
     return steps + (span < kernel ? 1 : 0);
   }
 
-  // Inputs that `outputs` windows next to each other span.
-  static int64_t extent(const Axis& a, int64_t outputs) {
-    return (outputs - 1) * a.stride + (a.kernel - 1) * a.dilation + 1;
-  }
-  static int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
   void choose_tile() {
     const Axis &h = s_.axis[1], &w = s_.axis[2];
     const int64_t budget = 16384 / int64_t(sizeof(L));  // lanes to stage: half of a small L1
@@ -408,15 +402,14 @@ class Forward {
       // whole planes rather than strips of several in turns.
       const int64_t bytes = s_.axis[0].kernel == 1 ? 4096 : 32768;
       const int64_t slots = bytes / int64_t(sizeof(L)) / (across_pitch() * s_.axis[0].kernel);
-      chunk_ = std::max({slots / h.stride, extent(h, 1) / h.stride, int64_t{1}});
+      chunk_ = std::max({slots / h.stride, h.extent(1) / h.stride, int64_t{1}});
       chunk_ = rows_of_window() == 1 ? 1 : up(tile_.rows, up(tile_.rows, chunk_));
     } else {
-      const int64_t halo = (w.kernel - 1) * w.dilation + 1;
-      if (extent(w, w.out) * group_ > budget)
+      if (w.extent(w.out) * group_ > budget)
         tile_.columns =
-            std::clamp<int64_t>(std::max(budget / group_, 2 * halo) / w.stride, 1, w.out);
-      const int64_t row = extent(w, tile_.columns) * group_;
-      const int64_t rows = std::max(budget / row, std::min(2 * extent(h, 1), 16 * budget / row));
+            std::clamp<int64_t>(std::max(budget / group_, 2 * w.extent(1)) / w.stride, 1, w.out);
+      const int64_t row = w.extent(tile_.columns) * group_;
+      const int64_t rows = std::max(budget / row, std::min(2 * h.extent(1), 16 * budget / row));
       tile_.rows = std::clamp<int64_t>(rows / h.stride, 1, h.out);
     }
     // Tiles of one size, rather than a small one at the end.
@@ -424,8 +417,8 @@ class Forward {
     tile_.rows = up(h.out, bands_), tile_.columns = up(w.out, strips_);
     bands_ = up(h.out, tile_.rows), strips_ = up(w.out, tile_.columns);
 
-    slots_ = up(extent(w, tile_.columns), w.stride);
-    staged_rows_ = extent(h, tile_.rows);
+    slots_ = up(w.extent(tile_.columns), w.stride);
+    staged_rows_ = h.extent(tile_.rows);
     phase_size_ = staged_rows_ * slots_ * group_;
   }
 
@@ -463,7 +456,7 @@ class Forward {
   int64_t result_size() const { return tile_.rows * tile_.columns * group_ + lanes<L>; }
   int64_t across_size() const {
     if (channels_last_ || rows_of_window() == 1) return 0;
-    return s_.axis[0].kernel * extent(s_.axis[1], chunk_) * across_pitch();
+    return s_.axis[0].kernel * s_.axis[1].extent(chunk_) * across_pitch();
   }
   int64_t direct_indices() const {
     return (channels_last_ ? tile_.columns * group_ : chunk_ * tile_.columns) + lanes<L>;
@@ -471,7 +464,7 @@ class Forward {
   // Rows of inputs as lanes, and values of outputs, where the tensors hold another type.
   int64_t direct_inputs() const {
     if (codec_.is_lane) return 0;
-    return (rows_of_window() == 1 ? 1 : extent(s_.axis[1], chunk_)) * s_.axis[2].in;
+    return (rows_of_window() == 1 ? 1 : s_.axis[1].extent(chunk_)) * s_.axis[2].in;
   }
   int64_t direct_values() const { return codec_.is_lane ? 0 : direct_indices(); }
   int64_t scratch_bytes() const {
@@ -619,7 +612,7 @@ class Forward {
   // plane of inputs.
   bool pool_chunk(const Tile& t, const Buffers& b) const {
     const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
-    const int64_t first = h.input_of(t.row, 0), rows = extent(h, t.rows), pitch = across_pitch();
+    const int64_t first = h.input_of(t.row, 0), rows = h.extent(t.rows), pitch = across_pitch();
     const int64_t top = std::clamp<int64_t>(-first, 0, rows);
     const int64_t bottom = std::clamp<int64_t>(h.in - first, top, rows);
     const Rows<L> to{codec_.is_lane ? reinterpret_cast<L*>(output_at(t, t.row, 0)) : b.down.value,
@@ -751,7 +744,7 @@ class Forward {
   void stage(const Tile& t, int64_t id, L* staged) const {
     const Axis &h = s_.axis[1], &w = s_.axis[2];
     const int64_t phases = w.stride, pitch = slots_ * t.lanes;
-    const int64_t rows = extent(h, t.rows), columns = extent(w, t.columns);
+    const int64_t rows = h.extent(t.rows), columns = w.extent(t.columns);
     const int64_t start = w.input_of(t.column, 0), stride = p_.input.stride[4];
     const int64_t first = std::clamp<int64_t>(-start, 0, columns);
     const int64_t end = std::clamp<int64_t>(w.in - start, first, columns);
@@ -807,7 +800,7 @@ class Forward {
     const Axis& w = s_.axis[2];
     Rows<L> rows{b.staged, nullptr, slots_ * t.lanes};
     if (w.kernel == 1) return rows;
-    const int64_t staged = extent(s_.axis[1], t.rows);
+    const int64_t staged = s_.axis[1].extent(t.rows);
     if (double_across_) {
       fold_doubling(rows, b.across.index, staged * rows.pitch, w.kernel, w.dilation * t.lanes,
                     weight_[2]);
@@ -830,7 +823,7 @@ class Forward {
     for (int64_t k = 0; k < taps; ++k)
       b.taps[k] = {k * h.dilation * rows.pitch, k * weight_[1] + depth_weight};
     if (double_down_) {
-      fold_doubling(rows, b.across.index, extent(h, t.rows) * rows.pitch, h.kernel,
+      fold_doubling(rows, b.across.index, h.extent(t.rows) * rows.pitch, h.kernel,
                     h.dilation * rows.pitch, weight_[1]);
       taps = 1;
     }

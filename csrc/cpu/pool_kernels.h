@@ -21,7 +21,7 @@ bool fits(const PoolProblem& p) {
   const int64_t limit = int64_t{1} << 30;
   int64_t span = 1;  // of a window, in the padded plane
   for (const Axis& a : s.axis) {
-    const int64_t reach = (a.kernel - 1) * a.dilation + 1;
+    const int64_t reach = a.extent(1);
     if (a.kernel < 1 || a.in >= limit || a.out >= limit || a.pad >= limit || a.stride >= limit ||
         reach >= limit || a.in + 2 * a.pad >= limit / span)
       return false;
@@ -49,7 +49,7 @@ template <class L, class T>
 bool scatter(const PoolProblem& p) {
   int64_t windows = 1;  // that reach an input
   for (const Axis& a : p.shape.axis) {
-    windows *= (a.kernel + a.stride - 1) / a.stride;
+    windows *= up(a.kernel, a.stride);
     // Two taps of one window may not have the same position in the plane.
     if (p.kind == IndexKind::flat && (a.kernel - 1) * a.dilation >= a.in) return false;
   }

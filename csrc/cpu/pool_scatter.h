@@ -520,9 +520,9 @@ class Scatter {
     strips_ = up(all, slots_);
     const int64_t planes = planes_of_outputs();
     const int64_t row = (slots_ + margin_) * group_ * planes;
-    rows_ = std::clamp<int64_t>(std::max(budget / row, reach(h) / h.stride) * h.stride, 1, h.in);
+    rows_ = std::clamp<int64_t>(std::max(budget / row, h.extent(1) / h.stride) * h.stride, 1, h.in);
     bands_ = up(h.in, rows_);
-    staged_rows_ = (std::min(h.out, (rows_ + reach(h)) / h.stride + 2) + 2 * above_) * planes;
+    staged_rows_ = (std::min(h.out, (rows_ + h.extent(1)) / h.stride + 2) + 2 * above_) * planes;
     grads_ = span(p_.output, s_), indices_ = span(p_.index, s_);
     pitch_ = (slots_ + margin_) * group_;
     phase_size_ = slots_ * group_ + lanes<L>;
@@ -654,13 +654,11 @@ class Scatter {
     return s_.axis[2].out * s_.axis[2].stride <= s_.axis[2].in;  // none overhangs its row
   }
 
-  static int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
   int64_t slots_of(const Axis& w) const {
     return up(channels_last_ ? w.in + w.pad : w.in, w.stride);
   }
-  static int64_t reach(const Axis& a) { return (a.kernel - 1) * a.dilation + 1; }
   int64_t planes_of_outputs() const {
-    return std::min(s_.axis[0].out, reach(s_.axis[0]) / s_.axis[0].stride + 1);
+    return std::min(s_.axis[0].out, s_.axis[0].extent(1) / s_.axis[0].stride + 1);
   }
 
   Tile tile_of(int64_t task) const {

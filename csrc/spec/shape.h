@@ -30,6 +30,11 @@ struct Axis {
     return k < kernel ? k : -1;
   }
 
+  // The input positions that `outputs` windows next to each other span.
+  TNC_HD int64_t extent(int64_t outputs) const {
+    return (outputs - 1) * stride + (kernel - 1) * dilation + 1;
+  }
+
   // The outputs whose window spans input i are in [first_output, last_output].
   TNC_HD int64_t first_output(int64_t i) const {
     const int64_t distance = i + pad - (kernel - 1) * dilation;
