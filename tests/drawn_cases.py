@@ -167,7 +167,13 @@ def draw_size(draw, dims):
 
 
 def draw_conv_axes(draw, dims):
-    """Axes of one kernel or of several, each as the usual layers have it or with what may be."""
+    """Axes of one kernel or of several, each as the usual layers have it or with what may be; or
+    windows that touch each other."""
+    if draw.random() < 0.06:
+        kernels = [draw.choice([1, 2, 2, 4, 4, 8, 14, 16]) for _ in range(dims)]
+        return tuple(
+            Axis(draw.randint(1, 40 // kernel + 1) * kernel, kernel, kernel) for kernel in kernels
+        )
     kernels = [1, 1, 1, 1, 2, 3, 3, 3, 4, 5, 5, 6, 7]
     shared, steps = draw.choice(kernels), draw.choice([1, 1, 2])
     of_one = draw.random() < 0.7

@@ -56,8 +56,14 @@ def conv_case(draw: random.Random, impl: str) -> None:
         max(draw.randint(1, 40 if dims < 3 else 9), d * (k - 1) + 1 - 2 * p)
         for k, d, p in zip(kernel, dilation, padding, strict=True)
     ]
+    batch = draw.choice((1, 2))
+    if draw.random() < 0.1:  # windows that touch each other
+        batch = draw.choice((2, 50))
+        kernel = stride = [draw.choice((1, 2, 4, 8)) for _ in range(dims)]
+        dilation, padding = [1] * dims, [0] * dims
+        sizes = [k * draw.randint(1, {1: 70, 2: 12, 3: 5}[dims]) for k in kernel]
     dtype = draw.choice(DTYPES)
-    x = torch.randn(draw.choice((1, 2)), groups * per_in, *sizes).to(dtype)
+    x = torch.randn(batch, groups * per_in, *sizes).to(dtype)
     w = torch.randn(groups * per_out, per_in, *kernel).to(dtype)
     formats = {2: torch.channels_last, 3: torch.channels_last_3d}
     if dims > 1 and draw.random() < 0.5:

@@ -117,6 +117,31 @@ NAMED = {
         [(3, 3, 1, 1, 1, 1), (5, 3, 1, 1, 1, 1), (40, 3, 1, 1, 1, 1)],
     ),
     "strides larger than the kernel": (2, 20, 20, 1, [(17, 2, 5, 1, 0, 0)] * 2),
+    "windows that touch": (3, 3, 40, 1, [(28, 4, 4, 1, 0, 0), (36, 4, 4, 1, 0, 0)]),
+    "windows that touch, in groups": (3, 6, 20, 2, [(18, 2, 2, 1, 0, 0), (40, 8, 8, 1, 0, 0)]),
+    "windows that touch, channels in blocks": (1, 20, 3, 1, [(64 * 130, 64, 64, 1, 0, 0)]),
+    "windows that touch, in a row": (2, 5, 9, 1, [(8 * 700, 8, 8, 1, 0, 0)]),
+    "windows that touch, volumes": (
+        2,
+        5,
+        70,
+        1,
+        [(4, 2, 2, 1, 0, 0), (10, 2, 2, 1, 0, 0), (22, 2, 2, 1, 0, 0)],
+    ),
+    "windows that touch, a group for each term": (
+        8,
+        2,
+        4,
+        1,
+        [(16, 16, 16, 1, 0, 0), (256, 16, 16, 1, 0, 0)],
+    ),
+    "windows that touch, more taps than a group": (
+        8,
+        2,
+        4,
+        1,
+        [(14, 14, 14, 1, 0, 0), (224, 14, 14, 1, 0, 0)],
+    ),
     "kernel larger than the image": (2, 20, 20, 1, [(3, 7, 1, 1, 3, 3)] * 2),
 }
 
@@ -126,6 +151,14 @@ NAMED = {
 @pytest.mark.parametrize("name", NAMED)
 def test_named(name, layout, dtype):
     check(random.Random(name), dtype, "normal", *NAMED[name], layout)
+
+
+def test_every_number_of_windows_that_touch():
+    for windows in range(1, 70):
+        axes = [(2, 2, 2, 1, 0, 0), (4 * windows, 4, 4, 1, 0, 0)]
+        draw, batch, channels = random.Random(windows), 128 // windows + 1, windows % 5 + 1
+        check(draw, torch.float32, "normal", batch, channels, 3, 1, axes, "contiguous")
+        check(draw, torch.float64, "normal", batch, channels, 3, 1, axes, "contiguous")
 
 
 def test_every_remainder():

@@ -15,6 +15,7 @@
 // (conv_windows.h) are the loops, and multiply_tiny (conv_tiny.h) for calls of few products.
 #pragma once
 
+#include "conv_disjoint.h"
 #include "conv_pixels.h"
 #include "conv_sliding.h"
 #include "conv_tiny.h"
@@ -106,6 +107,9 @@ bool each_phase(const ConvShape& s, const Use& use) {
 template <class S>
 bool dense_grad_input(const ConvProblem& p) {
   const ConvShape& s = p.shape;
+  if constexpr (!is_half_type<S>) {
+    if (DisjointWindows<S>::serves(p)) return DisjointWindows<S>(p).run(), true;
+  }
   const Images<S> call = images_of<S>(p);
   bool special = false;
   int64_t phases = 1;
