@@ -12,7 +12,7 @@
 // patch) of the few channels in work. Lanes come from panels of one group of terms.
 //
 // Start reading at run_dense, at the end; multiply_images (conv_pixels.h) and multiply_windows
-// (conv_windows.h) are the loops, and multiply_tiny (conv_tiny.h) for calls of few products.
+// (conv_windows.h) are the loops; the other files have ways of their own for a few shapes.
 #pragma once
 
 #include "conv_disjoint.h"
