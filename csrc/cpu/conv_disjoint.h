@@ -144,7 +144,8 @@ class DisjointWindows {
   static bool serves(const ConvProblem& p) {
     const ConvShape& s = p.shape;
     const int64_t taps = s.taps();
-    if (taps == 1 || (taps < group_length<T> && group_length<T> % taps != 0)) return false;
+    if (taps == 1 || taps > most_lanes || (taps < group_length<T> && group_length<T> % taps != 0))
+      return false;
     int64_t windows = 1, weights = 1;
     for (int a = 2; a >= 0; --a) {
       const Axis& axis = s.axis[a];
