@@ -1,8 +1,9 @@
 // grad_input where windows do not overlap: patch embeddings, and the transposed convolutions with
 // stride = kernel that enlarge an image. Start reading at DisjointWindows::run_task.
 //
-// Every input belongs to one window, so with all taps of all input channels as rows this is one
-// product over the output channels; what it gives for a window then takes its places in the image:
+// Every input belongs to one window, so with all taps of all input channels as rows, and windows as
+// lanes, this is one product over the output channels; what it gives for a window then takes its
+// places in the image:
 //
 //   sums[(ic, kd, kh, kw)][window] = sum over oc of weight[oc][ic, kd, kh, kw] * grad[oc][window]
 //
@@ -117,7 +118,7 @@ template <class T>
 class DisjointWindows {
   using Tile = DisjointTile<T>;
   static constexpr int L = Vec<T>::lanes;
-  static constexpr int64_t most_lanes = 1024;
+  static constexpr int64_t most_rows = 1024;
   static constexpr int64_t least_windows = 128;  // for which it pays to pack the weight
   static constexpr int64_t panel_bytes = 512 << 10, most_panel_bytes = 4 << 20;
   static constexpr int64_t sum_bytes = 256 << 10;
@@ -130,7 +131,7 @@ class DisjointWindows {
         group_(most(1, group_length<T> / taps_)),
         vectors_(up(s_.outputs(), L)) {
     const int64_t in_panel = panel_bytes / (column_bytes(s_) * taps_);
-    channels_ = least(most(least(in_panel, most_lanes / taps_), 1), s_.group_in());
+    channels_ = least(most(least(in_panel, most_rows / taps_), 1), s_.group_in());
     blocks_ = up(s_.group_in(), channels_);
     const int64_t tasks = s_.groups * blocks_ * s_.batch;
     const int64_t in_sums = sum_bytes / (channels_ * taps_ * L * int64_t{sizeof(T)});
@@ -144,7 +145,7 @@ class DisjointWindows {
   static bool serves(const ConvProblem& p) {
     const ConvShape& s = p.shape;
     const int64_t taps = s.taps();
-    if (taps == 1 || taps > most_lanes || (taps < group_length<T> && group_length<T> % taps != 0))
+    if (taps == 1 || taps > most_rows || (taps < group_length<T> && group_length<T> % taps != 0))
       return false;
     int64_t windows = 1, weights = 1;
     for (int a = 2; a >= 0; --a) {
@@ -181,16 +182,16 @@ class DisjointWindows {
     int64_t packed = -1;  // the block of channels in the panel
   };
   Workspace workspace() const {
-    const int64_t lanes = channels_ * taps_;
+    const int64_t rows = channels_ * taps_;
     Arena& arena = task_arena();
-    arena.reset(Arena::bytes_for<T>(lanes * s_.group_out()) + Arena::bytes_for<T>(lanes) +
-                Arena::bytes_for<T>(lanes * pitch_ + L) +
+    arena.reset(Arena::bytes_for<T>(rows * s_.group_out()) + Arena::bytes_for<T>(rows) +
+                Arena::bytes_for<T>(rows * pitch_ + L) +
                 Arena::bytes_for<T>(Tile::vecs * L * s_.group_out()));
     Workspace w;
-    w.panel = arena.take<T>(lanes * s_.group_out());
+    w.panel = arena.take<T>(rows * s_.group_out());
     w.grads = arena.take<T>(Tile::vecs * L * s_.group_out());
-    w.bias = arena.take<T>(lanes);
-    w.sums = arena.take<T>(lanes * pitch_ + L);
+    w.bias = arena.take<T>(rows);
+    w.sums = arena.take<T>(rows * pitch_ + L);
     return w;
   }
 
@@ -208,29 +209,29 @@ class DisjointWindows {
   }
 
   // Tile after tile of rows, output channel after output channel.
-  void pack(int64_t group, int64_t first, int64_t lanes, const Workspace& w) const {
+  void pack(int64_t group, int64_t first, int64_t rows, const Workspace& w) const {
     const T* const weight = static_cast<const T*>(p_.weight.data) +
                             group * s_.group_out() * p_.weight.stride[0] +
                             first * p_.weight.stride[1];
     constexpr int R = Tile::rows;
-    const int64_t whole = lanes - lanes % R, channels = s_.group_out();
+    const int64_t whole = rows - rows % R, channels = s_.group_out();
     for (int64_t c = 0; c < channels; ++c) {
       const T* const from = weight + c * p_.weight.stride[0];
       T* to = w.panel + c * R;
-      for (int64_t lane = 0; lane < whole; lane += R, to += channels * R)
-        __builtin_memcpy(to, from + lane, R * sizeof(T));
-      for (int64_t lane = whole; lane < lanes; ++lane)
-        w.panel[whole * channels + c * (lanes - whole) + lane - whole] = from[lane];
+      for (int64_t row = 0; row < whole; row += R, to += channels * R)
+        __builtin_memcpy(to, from + row, R * sizeof(T));
+      for (int64_t row = whole; row < rows; ++row)
+        w.panel[whole * channels + c * (rows - whole) + row - whole] = from[row];
     }
     const T* const bias = static_cast<const T*>(p_.bias);
     const int64_t channel = group * s_.group_in() + first;
-    for (int64_t lane = 0; lane < lanes; ++lane)
-      w.bias[lane] = bias ? bias[channel + lane / taps_] + T(0) : T(0);  // +0 instead of -0
+    for (int64_t row = 0; row < rows; ++row)
+      w.bias[row] = bias ? bias[channel + row / taps_] + T(0) : T(0);  // +0 instead of -0
   }
 
   // The gradients of a tile's windows are copied, since channels that lie far apart may crowd few
   // sets of the first cache; meanwhile those of the next tile are asked for.
-  void multiply(const T* grads, int64_t windows, int64_t lanes, const Workspace& w) const {
+  void multiply(const T* grads, int64_t windows, int64_t rows, const Workspace& w) const {
     const int64_t channels = s_.group_out(), apart = p_.output.stride[1];
     for (int64_t i = 0, width; i < windows; i += width) {
       const int64_t vecs = least(Tile::vecs, least(up(windows - i, L), windows / L));
@@ -242,36 +243,35 @@ class DisjointWindows {
           prefetch_near(from + width);
           Vec<T>::load(from).store(w.grads + c * width + k);
         }
-      for (int64_t lane = 0; lane < lanes; lane += Tile::rows)
-        disjoint_product<T>(lanes - lane, vecs)(w.grads, channels, group_,
-                                                w.panel + lane * channels, w.bias + lane,
-                                                w.sums + lane * pitch_ + i, pitch_);
+      for (int64_t row = 0; row < rows; row += Tile::rows)
+        disjoint_product<T>(rows - row, vecs)(w.grads, channels, group_, w.panel + row * channels,
+                                              w.bias + row, w.sums + row * pitch_ + i, pitch_);
     }
   }
 
-  // The sums of windows [begin, end) to their inputs, row by row.
+  // The sums of windows [begin, end) to their inputs, of one row of windows after another.
   void spread(int64_t n, int64_t channel, int64_t channels, int64_t begin, int64_t end,
               const T* sums) const {
     const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
     const int64_t* const stride = p_.input.stride;
-    const auto spread_row = row_spread(w.kernel);
+    const Spread write = spread_of(w.kernel);
     for (int64_t c = 0; c < channels; ++c)
       for (int64_t at = begin, count; at < end; at += count) {
         const int64_t ow = at % w.out, oh = at / w.out % h.out, od = at / w.out / h.out;
         count = least(w.out - ow, end - at);
         for (int64_t kd = 0; kd < d.kernel; ++kd)
           for (int64_t kh = 0; kh < h.kernel; ++kh) {
-            const int64_t lane = ((c * d.kernel + kd) * h.kernel + kh) * w.kernel;
+            const int64_t row = ((c * d.kernel + kd) * h.kernel + kh) * w.kernel;
             T* const to = static_cast<T*>(p_.input.data) + n * stride[0] +
                           (channel + c) * stride[1] + d.input_of(od, kd) * stride[2] +
                           h.input_of(oh, kh) * stride[3] + w.input_of(ow, 0);
-            spread_row(sums + lane * pitch_ + at - begin, pitch_, count, w.kernel, to);
+            write(sums + row * pitch_ + at - begin, pitch_, count, w.kernel, to);
           }
       }
   }
 
   using Spread = void (*)(const T*, int64_t, int64_t, int64_t, T*);
-  static Spread row_spread(int64_t taps) {
+  static Spread spread_of(int64_t taps) {
     return taps == 1    ? spread_row<1, T>
            : taps == 2  ? spread_row<2, T>
            : taps == 4  ? spread_row<4, T>
