@@ -75,43 +75,6 @@ TNC_INLINE DisjointProduct<T> disjoint_product(int64_t rows, int64_t vecs) {
   return multiply_disjoint<T, Rows, Vecs>;
 }
 
-// Vectors of which element i of each go side by side.
-template <int n, class V>
-TNC_INLINE void take_turns(V (&x)[n]) {
-  if constexpr (n > 1) {
-    V even[n / 2], odd[n / 2];
-    for (int i = 0; i < n / 2; ++i) even[i] = x[2 * i], odd[i] = x[2 * i + 1];
-    take_turns<n / 2>(even);
-    take_turns<n / 2>(odd);
-    for (int i = 0; i < n / 2; ++i) V::merge(even[i], odd[i], x[2 * i], x[2 * i + 1]);
-  }
-}
-
-// to[i * taps + k] = sums[k * pitch + i] for i < windows. Up to a vector behind them is read.
-template <int taps, class T>
-void spread_row(const T* sums, int64_t pitch, int64_t windows, int64_t, T* to) {
-  using V = Vec<T>;
-  constexpr int L = V::lanes;
-  for (int64_t i = 0; i < windows; i += L, to += taps * L) {
-    V x[taps];
-    for (int k = 0; k < taps; ++k) x[k] = V::load(sums + k * pitch + i);
-    take_turns<taps>(x);
-    const int64_t elements = least(L, windows - i) * taps;
-    for (int k = 0; k < taps; ++k) {
-      const int64_t rest = elements - k * L;
-      if (rest >= L)
-        x[k].store(to + k * L);
-      else if (rest > 0)
-        x[k].store(to + k * L, static_cast<int>(rest));
-    }
-  }
-}
-template <class T>
-void spread_any_row(const T* sums, int64_t pitch, int64_t windows, int64_t taps, T* to) {
-  for (int64_t k = 0; k < taps; ++k)
-    for (int64_t i = 0; i < windows; ++i) to[i * taps + k] = sums[k * pitch + i];
-}
-
 // One call: its plan, which the threads share, and what a task does. A task is some windows of a
 // sample for a block of input channels.
 template <class T>
@@ -254,7 +217,7 @@ class DisjointWindows {
               const T* sums) const {
     const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
     const int64_t* const stride = p_.input.stride;
-    const Spread write = spread_of(w.kernel);
+    const RowMerge<T> merge = row_merge<T>(w.kernel);
     for (int64_t c = 0; c < channels; ++c)
       for (int64_t at = begin, count; at < end; at += count) {
         const int64_t ow = at % w.out, oh = at / w.out % h.out, od = at / w.out / h.out;
@@ -265,19 +228,9 @@ class DisjointWindows {
             T* const to = static_cast<T*>(p_.input.data) + n * stride[0] +
                           (channel + c) * stride[1] + d.input_of(od, kd) * stride[2] +
                           h.input_of(oh, kh) * stride[3] + w.input_of(ow, 0);
-            write(sums + row * pitch_ + at - begin, pitch_, count, w.kernel, to);
+            merge(sums + row * pitch_ + at - begin, pitch_, w.kernel, count * w.kernel, to);
           }
       }
-  }
-
-  using Spread = void (*)(const T*, int64_t, int64_t, int64_t, T*);
-  static Spread spread_of(int64_t taps) {
-    return taps == 1    ? spread_row<1, T>
-           : taps == 2  ? spread_row<2, T>
-           : taps == 4  ? spread_row<4, T>
-           : taps == 8  ? spread_row<8, T>
-           : taps == 16 ? spread_row<16, T>
-                        : spread_any_row<T>;
   }
 
   const ConvProblem& p_;

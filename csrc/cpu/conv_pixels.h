@@ -60,27 +60,11 @@ bool store_interleaved(const T* total, int64_t apart, int64_t vectors, int wides
         for (int i = 0; i < lanes; ++i) {
           const T* const from = total + (v * lanes + i * vecs + j) * L;
           const V b = V::broadcast(target.bias[i]);
-          V part[Phases], result[Phases];
-          for (int k = 0; k < Phases; ++k) {
-            part[k] = results.of(V::load(from + k * apart) + b);
-          }
-          if constexpr (Phases == 2) {
-            V::merge(part[0], part[1], result[0], result[1]);
-          } else {
-            V even[2], odd[2];
-            V::merge(part[0], part[2], even[0], even[1]);
-            V::merge(part[1], part[3], odd[0], odd[1]);
-            V::merge(even[0], odd[0], result[0], result[1]);
-            V::merge(even[1], odd[1], result[2], result[3]);
-          }
-          S* const to = target.data + i * target.to_lane + target.position[v + j];
-          for (int k = 0; k < Phases; ++k) {
-            const int64_t rest = elements - k * L;
-            if (rest >= L)
-              result[k].store(to + k * L);
-            else if (rest > 0)
-              result[k].store(to + k * L, static_cast<int>(rest));
-          }
+          V result[Phases];
+          for (int k = 0; k < Phases; ++k) result[k] = results.of(V::load(from + k * apart) + b);
+          take_turns<Phases>(result);
+          store_run<Phases>(result, elements,
+                            target.data + i * target.to_lane + target.position[v + j]);
         }
       }
   });
@@ -118,14 +102,7 @@ bool store_pairs(const T* total, int64_t apart, int64_t rows, int vecs, const Ta
       for (int i = 0; i < some; ++i) {
         V result[2];
         V::merge(block[0][i], block[1][i], result[0], result[1]);
-        if (elements == 2 * L) {
-          result[0].store(to + i * target.to_lane);
-          result[1].store(to + i * target.to_lane + L);
-        } else {
-          result[0].store(to + i * target.to_lane, static_cast<int>(least(elements, L)));
-          if (elements > L)
-            result[1].store(to + i * target.to_lane + L, static_cast<int>(elements - L));
-        }
+        store_run<2>(result, elements, to + i * target.to_lane);
       }
     }
   }

@@ -68,27 +68,6 @@ void split_rows(const T* from, int64_t from_pitch, int64_t rows, int64_t begin, 
   }
 }
 
-// to[i * parts + q] = from[q * pitch + i] for the `n` elements of `to`.
-template <class T>
-TNC_INLINE void merge_run(const T* from, int64_t pitch, int64_t parts, int64_t n, T* to) {
-  using V = Vec<Total<T>>;
-  constexpr int L = V::lanes;
-  int64_t done = 0;
-  if (parts == 2 && n >= 2 * L) {
-    const auto move = [&](int64_t i) {
-      V a, b;
-      V::merge(V::load(from + i), V::load(from + pitch + i), a, b);
-      a.store(to + 2 * i);
-      b.store(to + 2 * i + L);
-    };
-    const int64_t pairs = n / 2;
-    for (int64_t i = 0; i < pairs - L; i += L) move(i);
-    move(pairs - L);
-    done = 2 * pairs;
-  }
-  for (; done < n; ++done) to[done] = from[done % parts * pitch + done / parts];
-}
-
 // What suits the kernel best, of `numbers` terms.
 template <class T>
 PlaneWay way_of(const ConvShape& s, const MapAxis (&axis)[3], const Chunks& chunks, int64_t numbers,
@@ -220,7 +199,7 @@ class PlaneMap {
     const int64_t pitch = chunks_.size[2] / wide_.period + 1 + L;
     // Before the panel L elements may be read that are not used, and 2 * L behind it.
     const int64_t panel_size = panel_.size() + 3 * L;
-    const int64_t staged_size = wide_.period * most_tile_rows * pitch;
+    const int64_t staged_size = wide_.period * most_tile_rows * pitch + L;
     Arena& arena = task_arena();
     arena.reset(Arena::bytes_for<E>(panel_size) + Arena::bytes_for<T>(staged_size));
     E* const values = arena.take<E>(panel_size) + L;
@@ -336,8 +315,9 @@ class PlaneMap {
       }
       if (wide_.period > 1 && !pairs())
         for (int64_t i = 0; i < some; ++i)
-          merge_run(w.staged + i * w.staged_pitch, most_tile_rows * w.staged_pitch, wide_.period,
-                    chunk.size[2], result + (at_h + (row + i) * high_.period) * written_.stride[3]);
+          row_merge<T>(wide_.period)(
+              w.staged + i * w.staged_pitch, most_tile_rows * w.staged_pitch, wide_.period,
+              chunk.size[2], result + (at_h + (row + i) * high_.period) * written_.stride[3]);
     }
   }
   // The row that a tile of `some` rows begins with.

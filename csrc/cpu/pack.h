@@ -167,6 +167,60 @@ void pack_panel(T* panel, int pitch, int lanes, const S* src, int64_t lane_strid
   }
 }
 
+// The elements of n vectors, a power of 2, in turns: element i of each side by side.
+template <int n, class V>
+TNC_INLINE void take_turns(V (&x)[n]) {
+  if constexpr (n > 1) {
+    V even[n / 2], odd[n / 2];
+    for (int i = 0; i < n / 2; ++i) even[i] = x[2 * i], odd[i] = x[2 * i + 1];
+    take_turns<n / 2>(even);
+    take_turns<n / 2>(odd);
+    for (int i = 0; i < n / 2; ++i) V::merge(even[i], odd[i], x[2 * i], x[2 * i + 1]);
+  }
+}
+
+// The first `count` elements of n vectors.
+template <int n, class V, class T>
+TNC_INLINE void store_run(const V (&x)[n], int64_t count, T* to) {
+  constexpr int L = V::lanes;
+  for (int k = 0; k < n; ++k) {
+    const int64_t rest = count - k * L;
+    if (rest >= L)
+      x[k].store(to + k * L);
+    else if (rest > 0)
+      x[k].store(to + k * L, static_cast<int>(rest));
+  }
+}
+
+// Rows whose elements take turns: to[i * parts + k] = from[k * pitch + i], `count` elements of
+// `to`. Up to a vector behind every row is read.
+template <class T>
+using RowMerge = void (*)(const T* from, int64_t pitch, int64_t parts, int64_t count, T* to);
+template <int parts, class T>
+void merge_rows(const T* from, int64_t pitch, int64_t, int64_t count, T* to) {
+  using V = Vec<Total<T>>;
+  for (int64_t at = 0; at < count; at += parts * V::lanes, from += V::lanes) {
+    V x[parts];
+    for (int k = 0; k < parts; ++k) x[k] = V::load(from + k * pitch);
+    take_turns<parts>(x);
+    store_run<parts>(x, count - at, to + at);
+  }
+}
+template <class T>
+void merge_any_rows(const T* from, int64_t pitch, int64_t parts, int64_t count, T* to) {
+  for (int64_t k = 0; k < parts; ++k)
+    for (int64_t i = 0; i * parts + k < count; ++i) to[i * parts + k] = from[k * pitch + i];
+}
+template <class T>
+RowMerge<T> row_merge(int64_t parts) {
+  return parts == 1    ? merge_rows<1, T>
+         : parts == 2  ? merge_rows<2, T>
+         : parts == 4  ? merge_rows<4, T>
+         : parts == 8  ? merge_rows<8, T>
+         : parts == 16 ? merge_rows<16, T>
+                       : merge_any_rows<T>;
+}
+
 // Infinite or NaN, as the vector class's compares have it.
 template <class V>
 TNC_INLINE auto is_special(V x) {

@@ -2,10 +2,10 @@
 // NaN keeps its payload and -0 its sign. Included inside a row's namespace and target region, after
 // `vector_bytes` and `Masked` of that row.
 //
-inline int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // There are four lane types. Every element type is carried in one of them without loss and in the
 // order of the specification: 16-bit floats in float, narrow integers in int32.
+
+inline int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class T>
 using Lane =
