@@ -11,6 +11,7 @@ struct MatrixLimits {
   int64_t least_width = 32;             // pixels of a row and
   int64_t least_terms = 256;            // of a pixel
   int64_t least_work = 200000;          // multiply-adds
+  int64_t most_touching_taps = 8;       // of windows that do not overlap
   int64_t panel_bytes = 1 << 20;        // packed operand of a task
   int64_t cached_bytes = 3 << 19;       // weights that stay in a second cache; the panel is then
   int64_t strip_bytes = 128 << 10;      // no larger, and where few rows share it

@@ -48,6 +48,10 @@ bool run_matrix_unit(const ConvProblem& p, const MatrixLimits& limits) {
                     others >= limits.least_terms &&
                     (forward ? s.group_in() : s.group_out()) >= limits.least_channels;
   if (others < limits.least_channels || (rows < limits.least_channels && !pays)) return false;
+  // Where windows touch, the unit would take a term or two of one tap at a time, and 30 zeros.
+  if (p.direction == Direction::grad_input && s.taps() > limits.most_touching_taps &&
+      DisjointWindows<BFloat16>::serves(p))
+    return false;
   if (s.batch * s.outputs() * s.taps() * s.group_in() * s.out_channels < limits.least_work)
     return false;
   if (p.direction == Direction::grad_weight) {

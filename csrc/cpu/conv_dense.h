@@ -107,9 +107,8 @@ bool each_phase(const ConvShape& s, const Use& use) {
 template <class S>
 bool dense_grad_input(const ConvProblem& p) {
   const ConvShape& s = p.shape;
-  if constexpr (!is_half_type<S>) {
-    if (DisjointWindows<S>::serves(p)) return DisjointWindows<S>(p).run(), true;
-  }
+  if (DisjointWindows<S>::serves(p) && !shows_sign_of_zero<S>(p))
+    return DisjointWindows<S>(p).run(), true;
   const Images<S> call = images_of<S>(p);
   bool special = false;
   int64_t phases = 1;

@@ -315,7 +315,7 @@ class PlaneMap {
       }
       if (wide_.period > 1 && !pairs())
         for (int64_t i = 0; i < some; ++i)
-          row_merge<T>(wide_.period)(
+          row_merge<T, T>(wide_.period)(
               w.staged + i * w.staged_pitch, most_tile_rows * w.staged_pitch, wide_.period,
               chunk.size[2], result + (at_h + (row + i) * high_.period) * written_.stride[3]);
     }

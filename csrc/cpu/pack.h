@@ -194,10 +194,10 @@ TNC_INLINE void store_run(const V (&x)[n], int64_t count, T* to) {
 
 // Rows whose elements take turns: to[i * parts + k] = from[k * pitch + i], `count` elements of
 // `to`. Up to a vector behind every row is read.
-template <class T>
-using RowMerge = void (*)(const T* from, int64_t pitch, int64_t parts, int64_t count, T* to);
-template <int parts, class T>
-void merge_rows(const T* from, int64_t pitch, int64_t, int64_t count, T* to) {
+template <class T, class S>
+using RowMerge = void (*)(const T* from, int64_t pitch, int64_t parts, int64_t count, S* to);
+template <int parts, class T, class S>
+void merge_rows(const T* from, int64_t pitch, int64_t, int64_t count, S* to) {
   using V = Vec<Total<T>>;
   for (int64_t at = 0; at < count; at += parts * V::lanes, from += V::lanes) {
     V x[parts];
@@ -206,19 +206,24 @@ void merge_rows(const T* from, int64_t pitch, int64_t, int64_t count, T* to) {
     store_run<parts>(x, count - at, to + at);
   }
 }
-template <class T>
-void merge_any_rows(const T* from, int64_t pitch, int64_t parts, int64_t count, T* to) {
+template <class T, class S>
+void merge_any_rows(const T* from, int64_t pitch, int64_t parts, int64_t count, S* to) {
+  using V = Vec<Total<T>>;
   for (int64_t k = 0; k < parts; ++k)
-    for (int64_t i = 0; i * parts + k < count; ++i) to[i * parts + k] = from[k * pitch + i];
+    for (int64_t at = k; at < count; at += parts * V::lanes) {
+      S some[V::lanes];
+      V::load(from + k * pitch + at / parts).store(some);
+      for (int i = 0; i < V::lanes && at + i * parts < count; ++i) to[at + i * parts] = some[i];
+    }
 }
-template <class T>
-RowMerge<T> row_merge(int64_t parts) {
-  return parts == 1    ? merge_rows<1, T>
-         : parts == 2  ? merge_rows<2, T>
-         : parts == 4  ? merge_rows<4, T>
-         : parts == 8  ? merge_rows<8, T>
-         : parts == 16 ? merge_rows<16, T>
-                       : merge_any_rows<T>;
+template <class T, class S>
+RowMerge<T, S> row_merge(int64_t parts) {
+  return parts == 1    ? merge_rows<1, T, S>
+         : parts == 2  ? merge_rows<2, T, S>
+         : parts == 4  ? merge_rows<4, T, S>
+         : parts == 8  ? merge_rows<8, T, S>
+         : parts == 16 ? merge_rows<16, T, S>
+                       : merge_any_rows<T, S>;
 }
 
 // Infinite or NaN, as the vector class's compares have it.

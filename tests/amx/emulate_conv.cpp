@@ -189,6 +189,7 @@ bool agrees(std::istream& in) {
   MatrixLimits limits;
   limits.least_channels = 0;
   limits.least_work = 0;
+  limits.most_touching_taps = s.taps();
   if (small == 1) limits.panel_bytes = 4096, limits.patch_bytes = 2048, limits.most_pixels = 64;
   if (small == 2) limits.panel_bytes = 1, limits.patch_bytes = 1;
   if (small > 0) limits.strip_bytes = 6144, limits.first_cache_bytes = 2048;
