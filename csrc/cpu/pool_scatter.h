@@ -518,11 +518,17 @@ class Scatter {
     slots_ = std::clamp<int64_t>(std::max(budget / group_, 2 * margin_), 1, all);
     slots_ = up(all, up(all, slots_));
     strips_ = up(all, slots_);
-    const int64_t planes = planes_of_outputs();
-    const int64_t row = (slots_ + margin_) * group_ * planes;
-    rows_ = std::clamp<int64_t>(std::max(budget / row, h.extent(1) / h.stride) * h.stride, 1, h.in);
+    const int64_t row = (slots_ + margin_) * group_;
+    const auto rows_of = [&](int64_t planes) { return budget / (row * outputs_of(planes)); };
+    // A plane of windows belongs to several of inputs, and is staged once for those of a tile.
+    const bool shared = !channels_last_ && !disjoint_;
+    while (shared && planes_ < s_.axis[0].in && rows_of(planes_ + 1) * h.stride >= h.in) ++planes_;
+    slices_ = up(s_.axis[0].in, planes_), planes_ = up(s_.axis[0].in, slices_);
+    const int64_t rows = std::max(rows_of(planes_), h.extent(1) / h.stride);
+    rows_ = std::clamp<int64_t>(rows * h.stride, 1, h.in);
     bands_ = up(h.in, rows_);
-    staged_rows_ = (std::min(h.out, (rows_ + h.extent(1)) / h.stride + 2) + 2 * above_) * planes;
+    staged_rows_ =
+        (std::min(h.out, (rows_ + h.extent(1)) / h.stride + 2) + 2 * above_) * outputs_of(planes_);
     grads_ = span(p_.output, s_), indices_ = span(p_.index, s_);
     pitch_ = (slots_ + margin_) * group_;
     phase_size_ = slots_ * group_ + lanes<L>;
@@ -540,8 +546,8 @@ class Scatter {
   }
 
   void run() const {
-    const int64_t outputs = rows_ * slots_ * group_;
-    parallel_for(s_.batch * blocks_ * s_.axis[0].in * bands_ * strips_, 1 + 16384 / (outputs + 1),
+    const int64_t outputs = planes_ * rows_ * slots_ * group_;
+    parallel_for(s_.batch * blocks_ * slices_ * bands_ * strips_, 1 + 16384 / (outputs + 1),
                  FloatEnvironment::gradual, [&](int64_t begin, int64_t end) {
                    const int64_t size = staged_rows_ * pitch_ + 2 * lanes<L>, taps = s_.taps();
                    Scratch scratch((2 * size + sums_) * int64_t(sizeof(L)) + 2 * size +
@@ -571,9 +577,10 @@ class Scatter {
   }
 
  private:
-  // Inputs of rows [row, end) and slots [slot, slot + slots) of plane id, for `lanes` channels.
+  // Inputs of planes [id, id_end), rows [row, end) and slots [slot, slot + slots), for `lanes`
+  // channels.
   struct Tile {
-    int64_t n, channel, lanes, id, row, end, slot, slots;
+    int64_t n, channel, lanes, id, id_end, row, end, slot, slots;
     int64_t od, od_end, oh, oh_end;  // the outputs that reach them
   };
   struct Buffers {
@@ -657,8 +664,10 @@ class Scatter {
   int64_t slots_of(const Axis& w) const {
     return up(channels_last_ ? w.in + w.pad : w.in, w.stride);
   }
-  int64_t planes_of_outputs() const {
-    return std::min(s_.axis[0].out, s_.axis[0].extent(1) / s_.axis[0].stride + 1);
+  // Planes of windows that reach so many planes of inputs.
+  int64_t outputs_of(int64_t planes) const {
+    const Axis& d = s_.axis[0];
+    return std::min(d.out, (d.extent(1) + planes - 1) / d.stride + 1);
   }
 
   Tile tile_of(int64_t task) const {
@@ -666,14 +675,15 @@ class Scatter {
     Tile t;
     t.slot = task % strips_ * slots_, task /= strips_;
     t.row = task % bands_ * rows_, task /= bands_;
-    t.id = task % d.in, task /= d.in;
+    t.id = task % slices_ * planes_, task /= slices_;
+    t.id_end = std::min(t.id + planes_, d.in);
     t.channel = task % blocks_ * group_;
     t.n = task / blocks_;
     t.lanes = std::min(group_, s_.channels - t.channel);
     t.end = std::min(t.row + rows_, h.in);
     const Axis& w = s_.axis[2];
     t.slots = std::min(slots_, slots_of(w) - t.slot);
-    t.od = d.first_output(t.id), t.od_end = d.last_output(t.id) + 1;
+    t.od = d.first_output(t.id), t.od_end = d.last_output(t.id_end - 1) + 1;
     t.oh = h.first_output(t.row), t.oh_end = h.last_output(t.end - 1) + 1;
     return t;
   }
@@ -706,7 +716,7 @@ class Scatter {
     for (int64_t task = begin; task < end; ++task) {
       const Tile following = tile_of(std::min(task + 1, end - 1));
       if (task + 1 < end) stage(following, next);
-      scatter_rows(t, b);
+      for (; t.id < t.id_end; ++t.id) scatter_rows(t, b);
       t = following;
       std::swap(b, next);
     }
@@ -1032,7 +1042,7 @@ class Scatter {
   bool disjoint_ = false;        // every input belongs to one window at most
   std::vector<uint8_t> tap_of_;  // by the distance in the plane, of a flat index
   int64_t group_ = 1, blocks_ = 1, margin_ = 0, lead_ = 0, slots_ = 1, strips_ = 1, rows_ = 1,
-          bands_ = 1;
+          bands_ = 1, planes_ = 1, slices_ = 1;
   int64_t staged_rows_ = 0, pitch_ = 0, phase_size_ = 0, sums_ = 0;
   int64_t grads_ = 0, indices_ = 0;  // elements from the first of them to the last
 };
