@@ -10,9 +10,9 @@
 //                     = sum over oc of weight[oc][ic, kd, kh, kw] * grad[oc][window]
 //
 // A group of the contract counts the other taps too, so it holds few terms of one (group length /
-// taps), and a total is added to that often: chains and totals are both kept in registers. In a
-// group of 16-bit elements these terms are all of one chain, as an even number divides the numbers
-// between them, or there is but one.
+// taps), and a total is added to that often: chains and totals are both kept in registers. With
+// 16-bit elements these terms are all of one chain: the next is an even number of terms behind, or
+// there is but one.
 #pragma once
 
 #include "conv_grids.h"
@@ -95,7 +95,7 @@ class DisjointWindows {
   using Tile = DisjointTile<T>;
   static constexpr int L = Vec<T>::lanes;
   static constexpr int64_t most_rows = 1024;
-  static constexpr int64_t long_chain = 16;
+  static constexpr int64_t long_chain = 16;      // terms of one tap in a group
   static constexpr int64_t least_windows = 128;  // for which it pays to pack the weight
   static constexpr int64_t panel_bytes = 512 << 10, most_panel_bytes = 4 << 20;
   static constexpr int64_t sum_bytes = 256 << 10;
