@@ -152,32 +152,31 @@ class DisjointWindows {
   }
   static int64_t lanes_of_pixels(const ConvShape& s) { return s.taps() * s.in_channels; }
 
-  // Do the windows of a channel, and the taps of all channels, lie side by side?
-  static bool is_nchw(const ConvProblem& p) {
-    const ConvShape& s = p.shape;
-    int64_t windows = 1, taps = 1;
+  // Do the windows follow one another, and the taps? In steps of `windows` and `taps`, which become
+  // the sizes of what all of them fill.
+  static bool are_dense(const ConvProblem& p, int64_t& windows, int64_t& taps) {
     for (int a = 2; a >= 0; --a) {
-      const Axis& axis = s.axis[a];
+      const Axis& axis = p.shape.axis[a];
       if ((axis.out > 1 && p.output.stride[a + 2] != windows) ||
           (axis.kernel > 1 && p.weight.stride[a + 2] != taps))
         return false;
       windows *= axis.out, taps *= axis.kernel;
     }
-    return (s.group_in() == 1 || p.weight.stride[1] == taps) && p.input.stride[4] == 1;
+    return true;
+  }
+  // Do the windows of a channel, and the taps of all channels, lie side by side?
+  static bool is_nchw(const ConvProblem& p) {
+    int64_t windows = 1, taps = 1;
+    return are_dense(p, windows, taps) && (p.shape.group_in() == 1 || p.weight.stride[1] == taps) &&
+           p.input.stride[4] == 1;
   }
   // Do the channels of a window, the windows, and the channels of all taps?
   static bool is_channels_last(const ConvProblem& p) {
     const ConvShape& s = p.shape;
     int64_t windows = p.output.stride[4], taps = s.in_channels;
-    for (int a = 2; a >= 0; --a) {
-      const Axis& axis = s.axis[a];
-      if ((axis.out > 1 && p.output.stride[a + 2] != windows) ||
-          (axis.kernel > 1 && p.weight.stride[a + 2] != taps))
-        return false;
-      windows *= axis.out, taps *= axis.kernel;
-    }
     const auto side_by_side = [](const RawView& v) { return v.stride[1] == 1; };
-    return s.groups == 1 && (s.batch == 1 || p.output.stride[0] == windows) &&
+    return s.groups == 1 && are_dense(p, windows, taps) &&
+           (s.batch == 1 || p.output.stride[0] == windows) &&
            (s.out_channels == 1 || side_by_side(p.output)) &&
            (s.in_channels == 1 || (side_by_side(p.weight) && side_by_side(p.input))) &&
            p.input.stride[4] == s.in_channels;
