@@ -127,6 +127,11 @@ class Build(BuildExtension):
         self.build_temp = str(HERE / "build" / "objects")  # fixed: an editable build finds it again
 
     def build_extensions(self):
+        if torch.version.cuda is None:  # then torch does not tell ninja which headers nvcc read
+            for made in HERE.glob("build/objects/csrc/cuda/*.o"):
+                headers = HERE.glob("csrc/**/*.h")
+                if made.stat().st_mtime < max(header.stat().st_mtime for header in headers):
+                    made.unlink()
         if not self.use_ninja:  # torch would go on with one core, behind pip without a word
             raise SystemExit("there is no ninja, which builds on all cores: pip install ninja")
         if "MAX_JOBS" not in os.environ:  # a kernel file takes up to 2 GB to compile

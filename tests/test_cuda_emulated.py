@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 COMPILER = os.environ.get("CXX", "c++")
 DRIVERS = {"conv": "csrc/cpu/conv_naive.cpp", "pool": "csrc/cpu/max_pool_naive.cpp"}
 FORWARD, GRAD_INPUT, GRAD_WEIGHT, GRAD_BIAS = range(4)
-DEPTHWISE = 4  # the kernels 0 to 3 are the tiles, large to thin
+DEPTHWISE = 5  # the kernels 0 to 4 are the tiles: large to thin, and any
 UNIT = (1, 1, 1, 0, 0, 1)
 BFLOAT16 = 3
 
@@ -72,7 +72,7 @@ def tiled_case(r, direction):
     lengths = {1: 60, 2: 13, 3: 6}
     sizes = axes(r, lengths, [1, 2, 3, 3, 5], [1, 1, 2, 3, 4], [1, 1, 2, 3])
     batch = r.choice([1, 1, 2, 3])
-    return (direction, r.randrange(4), r.randrange(4), *how, batch, *channels, groups, *sizes)
+    return (direction, r.randrange(4), r.randrange(5), *how, batch, *channels, groups, *sizes)
 
 
 def depthwise_case(r, direction):
@@ -87,12 +87,30 @@ def depthwise_case(r, direction):
     sizes = axes(r, {1: 300, 2: 18, 3: 8}, [kernel], [stride], [dilation])
     if r.randrange(4) == 0:
         sizes = axes(r, {1: 60, 2: 18, 3: 8}, [1, 2, 3, 4], [1, 2, 3], [1, 2])
+    if r.randrange(4) == 0:  # kernels of their own, and planes of more than one block
+        width, stride = r.choice([3, 5, 7]), r.choice([1, 2])
+        plane = [(r.randrange(8, 64), width, stride, r.randrange(4), r.randrange(4), 1)] * 2
+        line = (r.randrange(60, 200), r.choice([1, 9, 31]), 1, r.randrange(9), r.randrange(9), 1)
+        sizes = [
+            n
+            for axis in ([UNIT, UNIT, line] if r.randrange(3) == 0 else [UNIT, *plane])
+            for n in axis
+        ]
     groups = channels
     if direction == GRAD_BIAS:
         sizes = [n for i in range(0, 18, 6) for n in (sizes[i], *UNIT[1:])]
         channels = groups = 1
         filters = r.choice([1, 3, 8])
     how = r.randrange(3), 0, 0, r.randrange(4), r.randrange(2)
+    if direction == GRAD_WEIGHT and r.randrange(4) == 0:  # groups of a few channels
+        width = r.choice([3, 5, 7])
+        plane = [
+            (r.randrange(8, 40), width, r.choice([1, 2]), r.randrange(4), r.randrange(4), 1)
+        ] * 2
+        each = r.choice([(2, 2), (4, 4), (3, 5), (1, 6)])
+        sizes = [n for axis in (UNIT, *plane) for n in axis]
+        counts = r.choice([1, 2]), groups * each[0], groups * each[1], groups
+        return (direction, 0, DEPTHWISE, *how[:4], 0, *counts, *sizes)
     counts = r.choice([1, 2, 3]), channels, channels * filters, groups
     return (direction, r.choice([0, 0, 0, 1, 2, 3]), DEPTHWISE, *how, *counts, *sizes)
 
@@ -103,6 +121,21 @@ def pool_case(r, direction):
     sizes = axes(r, {1: 300, 2: 18, 3: 8}, [1, 2, 3, 3, 5], [1, 2, 2, 3, 4], [1, 1, 2, 3])
     how = r.randrange(2), kind, index, r.randrange(4), r.randrange(2)
     return (direction, r.randrange(13), *how, r.choice([1, 2]), r.choice([1, 3, 8]), *sizes)
+
+
+WINDOWS = [(2, 2, 0), (3, 2, 1), (3, 1, 1), (4, 4, 0), (5, 1, 2), (9, 1, 4), (13, 1, 6)]
+
+
+def known_window_case(r, direction):
+    """Windows that have kernels of their own: floating point, bytes for indices, ties "first"."""
+    width, stride, pad = r.choice(WINDOWS)
+    size = 4 * r.randrange(1, 8)
+    after = r.choice([pad, pad, r.randrange(width)])
+    sizes = axes(r, {1: 2, 2: 12, 3: 6}, [1, 2, 3], [1, 2, 3], [1, 1, 2])
+    sizes[12:] = size, width, stride, pad, after, 1
+    kind = r.randrange(3) if direction == FORWARD else 1
+    how = 0, kind, 3 if kind == 2 else 0, r.randrange(4), r.randrange(5) // 4
+    return (direction, r.randrange(4), *how, r.choice([1, 2]), r.choice([1, 3, 8]), *sizes)
 
 
 @pytest.mark.parametrize("direction", [FORWARD, GRAD_INPUT, GRAD_WEIGHT])
@@ -122,7 +155,7 @@ def test_bias_of_minus_zero(drivers):
     sizes = (*UNIT, *UNIT, 3, 3, 1, 0, 0, 1)
     cases = [
         (GRAD_INPUT, BFLOAT16, tile, 0, 0, 0, 4, last, 2, 20, 31, 1, *sizes)
-        for tile in range(4)
+        for tile in range(5)
         for last in (0, 1)
     ]
     run(drivers / "conv", cases)
@@ -132,6 +165,7 @@ def test_bias_of_minus_zero(drivers):
 def test_pool(drivers, direction):
     r = random.Random(direction)
     run(drivers / "pool", [pool_case(r, direction) for _ in range(600)])
+    run(drivers / "pool", [known_window_case(r, direction) for _ in range(600)])
 
 
 def test_unpool(drivers):

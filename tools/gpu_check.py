@@ -21,6 +21,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(HERE), str(HERE / "tests")]
 
 BATCH = 32
+BITS_SECONDS = 60
 # name, channels, spatial, filters, kernel, stride, padding, dilation, groups
 CONV = [
     ("resnet50.conv1", 3, (224, 224), 64, 7, 2, 3, 1, 1),
@@ -128,10 +130,12 @@ def tests() -> dict[str, Any]:
 def bits() -> dict[str, Any]:
     import cuda_cases
 
-    count, found = 0, []
-    for seed in range(100, 110):
-        found += cuda_cases.disagreements(seed, 100)
-        count += 100
+    count, found, end = 0, [], time.monotonic() + BITS_SECONDS
+    for seed in range(100, 1000):
+        found += cuda_cases.disagreements(seed, 20)
+        count += 20
+        if time.monotonic() > end:
+            break
     return {"ok": not found, "calls": count, "differ": len(found), "first": found[:20]}
 
 
@@ -176,8 +180,8 @@ def seconds(call: Any) -> float:
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3 / count
 
-    count = max(1, min(200, int(0.02 / max(measure(2), 1e-6))))
-    return statistics.median(measure(count) for _ in range(7))
+    count = max(1, min(200, int(0.01 / max(measure(2), 1e-6))))
+    return statistics.median(measure(count) for _ in range(5))
 
 
 def conv_layer(layer: tuple[Any, ...]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "../spec/max_pool.h"
-#include "tile.h"
+#include "depthwise_groups.h"
 
 namespace torch_naiveconv {
 
@@ -238,7 +238,7 @@ inline GroupPlan make_group_plan(const ConvProblem& p, int group_terms) {
   plan.filters = Divider(s.out_channels);
   plan.by_multiplier = Divider(bias ? 1 : s.group_out());
   plan.filters_fastest = p.output.stride[1] == 1;
-  plan.elements = s.out_channels * (bias ? 1 : s.taps());
+  plan.elements = s.out_channels * (bias ? 1 : s.group_in() * s.taps());
   plan.threads = s.batch * plan.groups * s.out_channels;
   for (int a = 0; a < 3; ++a) {
     int64_t size = bias ? 1 : s.axis[a].kernel;
@@ -337,10 +337,10 @@ struct FoldGroups {
                        plan.elements, p.shape.batch * plan.groups);
     int64_t at = flat;
     if (p.direction == Direction::grad_weight) {
-      const Position k = Position::of(flat, 1, p.shape.axis[0].kernel, p.shape.axis[1].kernel,
-                                      p.shape.axis[2].kernel);
+      const Position k = Position::of(flat, p.shape.group_in(), p.shape.axis[0].kernel,
+                                      p.shape.axis[1].kernel, p.shape.axis[2].kernel);
       const auto& stride = p.weight.stride;
-      at = k.n * stride[0] + k.d * stride[2] + k.h * stride[3] + k.w * stride[4];
+      at = k.n * stride[0] + k.c * stride[1] + k.d * stride[2] + k.h * stride[3] + k.w * stride[4];
     }
     OrderedSum<T> sum(total);
     if (p.keep_total)
@@ -374,17 +374,25 @@ void with_kernel(const ConvShape& s, const Visit& visit) {
   visit(Zero{}, One{});
 }
 
+// Weight and bias gradient. Returns false to decline.
 template <class T, class Launcher>
-void launch_groups(const ConvProblem& p, Launcher& launcher) {
+bool launch_groups(const ConvProblem& p, Launcher& launcher) {
   const GroupPlan plan = make_group_plan(p, group_length<T>);
   const int64_t values = p.shape.batch * plan.groups * plan.elements;
   auto* workspace =
       static_cast<Total<T>*>(launcher.allocate(values * static_cast<int64_t>(sizeof(Total<T>))));
-  if (p.direction == Direction::grad_bias)
+  bool done = false;
+  if constexpr (std::is_same_v<T, float>)
+    done = (sums_patches(p) && launch_patch_groups(p, workspace, launcher)) ||
+           launch_line_groups(p, workspace, launcher);
+  if (!done && p.direction == Direction::grad_bias)
     launcher.each(plan.threads, GroupSums<T, true>{plan, workspace});
-  else
+  else if (!done && p.shape.group_in() == 1)
     launcher.each(plan.threads, GroupSums<T, false>{plan, workspace});
-  launcher.each(plan.elements, FoldGroups<T>{plan, workspace});
+  else if (!done)
+    return false;
+  launcher.each(plan.elements, FoldGroups<T>{plan, workspace}, few_threads);
+  return true;
 }
 
 // Returns false to decline.
@@ -398,17 +406,23 @@ bool launch_depthwise(const ConvProblem& p, Launcher& launcher) {
         s.batch * s.out_channels * ceil_div(s.outputs(), 32) >= most)
       return false;
   } else {
-    const bool one_filter = s.group_out() == 1;
-    if (s.group_in() != 1 || (p.direction == Direction::grad_input && !one_filter)) return false;
+    const bool one_filter = s.group_out() == 1 || p.direction != Direction::grad_input;
+    if ((s.group_in() != 1 || !one_filter) && !sums_patches(p)) return false;
     if (!fits(p) || s.batch * s.in_channels * s.inputs() >= most ||
         s.batch * s.out_channels * s.outputs() >= most || s.taps() > 1024 ||
         s.batch * s.out_channels * ceil_div(s.outputs(), 32) * s.taps() >= most)
       return false;
   }
+  bool done = true;
   with_float_type(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (p.direction == Direction::grad_weight || p.direction == Direction::grad_bias)
-      return launch_groups<T>(p, launcher);
+    if (p.direction == Direction::grad_weight || p.direction == Direction::grad_bias) {
+      done = launch_groups<T>(p, launcher);
+      return;
+    }
+    if (is_depthwise(s) && has_planes(p) &&
+        ((has_patches(p) && launch_patches(p, launcher)) || launch_lines(p, launcher)))
+      return;
     const DepthwisePlan plan = make_depthwise_plan(p);
     with_kernel<T>(s, [&](auto width, auto stride) {
       if (p.direction == Direction::forward)
@@ -417,7 +431,7 @@ bool launch_depthwise(const ConvProblem& p, Launcher& launcher) {
         launcher.each(plan.threads, DepthwiseGradInput<T, width(), stride()>{plan});
     });
   });
-  return true;
+  return done;
 }
 
 }  // namespace torch_naiveconv

@@ -7,14 +7,14 @@
 #define TNC_UNROLL _Pragma("unroll")  // so that arrays indexed in the loop stay in registers
 #define TNC_PRAGMA(text) _Pragma(#text)
 #define TNC_UNROLL_IF(condition) TNC_PRAGMA(unroll((condition) ? 64 : 1))
-#define TNC_COLD __host__ __device__ __noinline__
 #else
 #define TNC_UNROLL
 #define TNC_UNROLL_IF(condition)
-#define TNC_COLD inline
 #endif
 
 namespace torch_naiveconv {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // With l = ceil(log2(divisor)) and m = ceil(2^(31 + l) / divisor), n / divisor is
 // n * m >> (31 + l) for every n < 2^31: the error of m is below 2^l, so n * m errs by less than

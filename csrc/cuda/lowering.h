@@ -6,26 +6,28 @@
 //   grad_input  input channels   (n, id, ih, iw)      (oc, kd, kh, kw)                weight output
 //   grad_weight output channels  (ic, kd, kh, kw)     (n, od, oh, ow)                 output input
 //
-// B is read at the sum of a lane's and a term's coordinates; a sum outside of B is a zero (padding,
-// or a tap that meets no output). The input gradient is cut into phases, one for each
-// (i + pad) mod stride: in a phase coordinates are linear, and only the taps that can meet an
-// output are terms; they keep the numbers, hence the group and the parity, that they have among
+// B is read at the sum of a lane's and a term's offsets, unless a tap and a pixel do not meet there
+// (padding, or a tap that meets no output): then it is a zero. Which taps miss a pixel is a mask of
+// bits (Misses); the other side has the bits of its tap. The input gradient is cut into phases, one
+// for each (i + pad) mod stride: in a phase coordinates are linear, and only the taps that can meet
+// an output are terms; they keep the numbers, hence the group and the parity, that they have among
 // all.
 #pragma once
+
+#include <algorithm>
 
 #include "../cpu/conv.h"
 #include "divider.h"
 
 namespace torch_naiveconv {
 
-constexpr int max_phases = 8;            // in one launch
-constexpr int far_outside = -(1 << 30);  // a coordinate that no partner brings back into B
+constexpr int max_phases = 8;  // in one launch
 
-// Where a lane or a term stands: its share of the offset into B and of the coordinates there, and
-// its offset into the other matrix (lanes: C, terms: A).
+// Where a lane or a term stands: its share of the offset into B, and its offset into the other
+// matrix (lanes: C, terms: A).
 struct Place {
   int64_t offset, other;
-  int coordinate[3];
+  int digit[3], coordinate[3];
 };
 
 // The lanes, or the terms, of a phase: digits (outer, d, h, w), and what is linear in them.
@@ -36,18 +38,48 @@ struct Side {
   int64_t other_first, other_outer, other[3];
 
   TNC_HD Place at(uint32_t flat, const int64_t (&b_stride)[3]) const {
-    int outer_digit, x[3];
-    digits.split(flat, outer_digit, x);
+    int outer_digit;
     Place place;
+    digits.split(flat, outer_digit, place.digit);
     place.offset = outer_digit * outer;
     place.other = other_first + outer_digit * other_outer;
     TNC_UNROLL
     for (int a = 0; a < 3; ++a) {
-      place.coordinate[a] = first[a] + x[a] * step[a];
+      place.coordinate[a] = first[a] + place.digit[a] * step[a];
       place.offset += place.coordinate[a] * b_stride[a];
-      place.other += x[a] * other[a];
+      place.other += place.digit[a] * other[a];
     }
     return place;
+  }
+};
+
+// Which taps and pixels do not meet. Every tap of an axis that can miss has a bit; a pixel's mask
+// has the bits of the taps that miss it, a tap's mask its own bits. They meet if the masks have no
+// bit in common. Two more bits are for taps and pixels that do not exist, which meet nobody: they
+// have both.
+struct Misses {
+  static constexpr uint32_t of_pixels = 1u << 31, of_taps = 1u << 30;
+  static constexpr uint32_t nothing = of_pixels | of_taps;
+  static constexpr int most_bits = 30;
+  int first_bit[3], taps[3];               // taps 0: the axis cannot miss
+  int tap_first[3], tap_step[3], size[3];  // coordinates of the taps, and size of B
+
+  TNC_HD uint32_t of_tap(const int (&digit)[3]) const {
+    uint32_t mask = of_taps;
+    TNC_UNROLL
+    for (int a = 0; a < 3; ++a)
+      if (taps[a] > 0) mask |= 1u << (first_bit[a] + digit[a]);
+    return mask;
+  }
+  TNC_HD uint32_t of_pixel(const int (&coordinate)[3]) const {
+    uint32_t mask = of_pixels;
+    TNC_UNROLL
+    for (int a = 0; a < 3; ++a) {
+      int at = coordinate[a] + tap_first[a];
+      for (int t = 0; t < taps[a]; ++t, at += tap_step[a])
+        if (at < 0 || at >= size[a]) mask |= 1u << (first_bit[a] + t);
+    }
+    return mask;
   }
 };
 
@@ -134,6 +166,8 @@ struct Phase {
   int lane_count, term_period;  // term_period: terms of a period that exist
   int first_tile;               // of this phase, counted over the phases of the launch
   int residue[3];               // (i + pad) mod stride of its inputs; 0 but in the input gradient
+  Misses misses;
+  int first_slot;  // among the packed slots of the launch
 
   // Is the number of a term odd? (The contract's two chains of the 16-bit types.)
   TNC_HD int is_odd(uint32_t term) const {
@@ -153,13 +187,10 @@ struct Lowering {
   int rows, groups, phases;
   int64_t a_row, c_row, a_group, b_group, c_group;
   int64_t b_stride[3];
-  int b_size[3];
   Phase phase[max_phases];
 };
 
 // ---- on the host: from a problem to its phases -----------------------------------------------
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline Chain make_chain(int64_t numbers, int64_t filter, int64_t existing, int64_t periods,
                         int group_terms, int block_terms) {
@@ -220,10 +251,7 @@ inline Lowering lower(const ConvProblem& p) {
   l.b_group = (input_gradient ? s.group_out() : s.group_in()) * b.stride[1];
   l.c_row = c.stride[weight_gradient ? 0 : 1];
   l.c_group = l.rows * l.c_row;
-  for (int axis = 0; axis < 3; ++axis) {
-    l.b_stride[axis] = b.stride[2 + axis];
-    l.b_size[axis] = static_cast<int>(input_gradient ? s.axis[axis].out : s.axis[axis].in);
-  }
+  for (int axis = 0; axis < 3; ++axis) l.b_stride[axis] = b.stride[2 + axis];
   return l;
 }
 
@@ -354,12 +382,47 @@ inline int64_t phase_count(const ConvProblem& p) {
   return count;
 }
 
-inline Phase make_phase(const ConvProblem& p, int64_t index, int group_terms, int block_terms) {
-  switch (p.direction) {
-    case Direction::forward: return forward_phase(p, group_terms, block_terms);
-    case Direction::grad_input: return grad_input_phase(p, index, group_terms, block_terms);
-    default: return grad_weight_phase(p, group_terms, block_terms);
+// Returns how many bits the masks need. More than `most_bits` of them are not set up.
+inline int make_misses(const ConvProblem& p, Phase& phase) {
+  const bool lanes_are_taps = p.direction == Direction::grad_weight;
+  const Side& tap = lanes_are_taps ? phase.lanes : phase.terms;
+  const Side& pixel = lanes_are_taps ? phase.terms : phase.lanes;
+  Misses& m = phase.misses;
+  int bits = 0;
+  for (int a = 0; a < 3; ++a) {
+    const Axis& axis = p.shape.axis[a];
+    const int64_t size = p.direction == Direction::grad_input ? axis.out : axis.in;
+    const int64_t taps = tap.digits.size[a].divisor, pixels = pixel.digits.size[a].divisor;
+    const int64_t last_tap = (taps - 1) * tap.step[a], first = pixel.first[a] + tap.first[a];
+    const int64_t last = first + (pixels - 1) * pixel.step[a];
+    const bool can_miss =
+        first + std::min<int64_t>(0, last_tap) < 0 || last + std::max<int64_t>(0, last_tap) >= size;
+    m.first_bit[a] = bits;
+    m.taps[a] = can_miss ? static_cast<int>(taps) : 0;
+    m.tap_first[a] = tap.first[a];
+    m.tap_step[a] = tap.step[a];
+    m.size[a] = static_cast<int>(size);
+    bits += m.taps[a];
   }
+  return bits;
+}
+
+inline Phase make_phase(const ConvProblem& p, int64_t index, int group_terms, int block_terms) {
+  Phase phase = p.direction == Direction::forward ? forward_phase(p, group_terms, block_terms)
+                : p.direction == Direction::grad_input
+                    ? grad_input_phase(p, index, group_terms, block_terms)
+                    : grad_weight_phase(p, group_terms, block_terms);
+  make_misses(p, phase);
+  return phase;
+}
+
+// May the taps of every axis be bits of a mask?
+inline bool fits_masks(const ConvProblem& p) {
+  for (int64_t i = 0; i < phase_count(p); ++i) {
+    Phase phase = make_phase(p, i, 128, 8);
+    if (make_misses(p, phase) > Misses::most_bits) return false;
+  }
+  return true;
 }
 
 // Is every number above within 31 bits, and every offset that a term adds within 32? The rest of an

@@ -1,4 +1,4 @@
-// The CUDA pooling table: row "quads" (pool.h; forward and scatter wherever numbers fit 31 bits),
+// The CUDA pooling table: row "runs" (pool.h; forward and scatter wherever numbers fit 31 bits),
 // row "naive" (the specification, one thread an element), and max-unpooling.
 #include "pool.h"
 #include "rows.h"
@@ -89,14 +89,14 @@ bool run_naive(const PoolProblem& p, Device& device) {
   return true;
 }
 
-bool run_quads(const PoolProblem& p, Device& device) {
+bool run_runs(const PoolProblem& p, Device& device) {
   Launcher launcher{device};
-  return launch_quads(p, launcher);
+  return launch_runs(p, launcher);
 }
 
 }  // namespace
 
-const CudaPoolRow cuda_pool_quads{"quads", run_quads};
+const CudaPoolRow cuda_pool_runs{"runs", run_runs};
 const CudaPoolRow cuda_pool_naive{"naive", run_naive};
 
 void cuda_unpool(const UnpoolProblem& p, Device& device) {

@@ -11,7 +11,7 @@ namespace torch_naiveconv {
 namespace {
 
 const CudaConvRow* const conv_rows[] = {&cuda_conv_depthwise, &cuda_conv_tiled, &cuda_conv_naive};
-const CudaPoolRow* const pool_rows[] = {&cuda_pool_quads, &cuda_pool_naive};
+const CudaPoolRow* const pool_rows[] = {&cuda_pool_runs, &cuda_pool_naive};
 
 // The one function needed of torch's own CUDA library. A torch to build with may lack that library;
 // where torch has CUDA it is in the process already.

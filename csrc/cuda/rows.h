@@ -18,7 +18,7 @@ struct CudaPoolRow {
 };
 
 extern const CudaConvRow cuda_conv_depthwise, cuda_conv_tiled, cuda_conv_naive;
-extern const CudaPoolRow cuda_pool_quads, cuda_pool_naive;
+extern const CudaPoolRow cuda_pool_runs, cuda_pool_naive;
 
 // An index outside of [0, outputs) is dropped: to report it would mean waiting for the device.
 void cuda_unpool(const UnpoolProblem& problem, Device& device);

@@ -1,6 +1,6 @@
 // The tiled kernel: one block computes a tile of C = A * B (lowering.h) from shared memory, eight
-// terms at a time, the next eight on their way. Start reading at compute_tile. The body runs on the
-// device and, block by block, in the host tests.
+// terms at a time, the next eight on their way. Start reading at TileBlock::run. The body runs on
+// the device and, block by block, in the host tests.
 #pragma once
 
 #include "../spec/conv.h"
@@ -55,67 +55,146 @@ struct Arithmetic<Half> : PairedArithmetic<Half> {};
 template <>
 struct Arithmetic<BFloat16> : PairedArithmetic<BFloat16> {};
 
-// ---- a tile ------------------------------------------------------------------------------------
-
-// Rows x Lanes results a block, RowsEach x LanesEach a thread; a warp is 4 x 8 threads.
-template <class ElementType, int Rows, int Lanes, int RowsEach, int LanesEach>
-struct Tile {
-  using Element = ElementType;
-  using Value = typename Arithmetic<Element>::Value;
-  static constexpr int rows = Rows, lanes = Lanes;
-  static constexpr int rows_each = RowsEach, lanes_each = LanesEach;
-  static constexpr int threads = Rows / RowsEach * (Lanes / LanesEach);
-  static constexpr int block_terms = 8;  // of a stage
-  static constexpr int window = 16;      // stages whose terms are tabulated at a time
-  static constexpr int warps_across = Lanes / (8 * LanesEach);
-  // A thread's rows and lanes come in runs of up to four neighbours, which one load fetches.
-  static constexpr int row_run = RowsEach < 4 ? RowsEach : 4;
-  static constexpr int lane_run = LanesEach < 4 ? LanesEach : 4;
-  static constexpr int a_loads = (Rows * block_terms + threads - 1) / threads;
-  static constexpr int b_loads = Lanes * block_terms / threads;
-  static_assert(threads % 32 == 0 && threads % Lanes == 0 && threads % block_terms == 0,
-                "each thread loads one lane of B and one term of A");
-  static_assert(Rows % (4 * RowsEach) == 0 && Lanes % (8 * LanesEach) == 0, "whole warps");
-
-  TNC_HD static int row_of(int thread, int i) {
-    const int warp = thread / 32, ty = thread % 32 / 8;
-    return warp / warps_across * (4 * RowsEach) + i / row_run * (4 * row_run) + ty * row_run +
-           i % row_run;
-  }
-  TNC_HD static int lane_of(int thread, int j) {
-    const int warp = thread / 32, tx = thread % 8;
-    return warp % warps_across * (8 * LanesEach) + j / lane_run * (8 * lane_run) + tx * lane_run +
-           j % lane_run;
-  }
-
-  struct alignas(16) TermOfB {
-    int offset, coordinate[3];
-  };
-  struct TermOfA {
-    int offset, odd;  // offset -1: this slot holds no term
-  };
-  struct alignas(16) Shared {
-    // The padding keeps the transposing stores of A free of bank conflicts.
-    alignas(16) Value a[2][block_terms][Rows + 16 / sizeof(Value)];
-    alignas(16) Value b[2][block_terms][Lanes];
-    TermOfB term_b[2][window * block_terms];
-    TermOfA term_a[2][window * block_terms];
-  };
-
-  // What a thread keeps between phases.
-  struct Thread {
-    typename Arithmetic<Element>::Chain chain[RowsEach][LanesEach];
-    Total<Element> total[RowsEach][LanesEach];
-    const Element* a;  // the row of its first load of A
-    const Element* b;  // the lane that it loads of B
-    int coordinate[3];
-  };
-};
-
 // A run of values, fetched from shared memory by as few loads as its alignment allows.
 template <class Value, int count>
 struct alignas(sizeof(Value) * count < 16 ? sizeof(Value) * count : 16) Run {
   Value x[count];
+};
+
+// ---- a term's or a lane's share of a place in B, and whether two of them meet there
+// ---------------
+
+// By masks: one instruction, for all but the largest kernels.
+struct alignas(8) MaskedSpot {
+  int offset;
+  uint32_t mask;
+
+  TNC_HD static MaskedSpot tap(const Place& place, const Misses& misses) {
+    return {static_cast<int>(place.offset), misses.of_tap(place.digit)};
+  }
+  TNC_HD static MaskedSpot pixel(const Place& place, const Misses& misses) {
+    return {static_cast<int>(place.offset), misses.of_pixel(place.coordinate)};
+  }
+  TNC_HD static MaskedSpot none() { return {0, Misses::nothing}; }
+  TNC_HD bool meets(const MaskedSpot& other, const Misses&) const {
+    return (mask & other.mask) == 0;
+  }
+};
+
+// By coordinates: any kernel.
+struct alignas(16) LocatedSpot {
+  int offset, coordinate[3];
+
+  TNC_HD static LocatedSpot tap(const Place& place, const Misses&) {
+    return {static_cast<int>(place.offset),
+            {place.coordinate[0], place.coordinate[1], place.coordinate[2]}};
+  }
+  TNC_HD static LocatedSpot pixel(const Place& place, const Misses& misses) {
+    return tap(place, misses);
+  }
+  TNC_HD static LocatedSpot none() {
+    constexpr int far = -(1 << 30);  // no partner brings it back into B
+    return {0, {far, far, far}};
+  }
+  TNC_HD bool meets(const LocatedSpot& other, const Misses& misses) const {
+    bool inside = true;
+    TNC_UNROLL
+    for (int a = 0; a < 3; ++a)
+      inside = inside & (static_cast<uint32_t>(coordinate[a] + other.coordinate[a]) <
+                         static_cast<uint32_t>(misses.size[a]));
+    return inside;
+  }
+};
+
+// ---- a tile ------------------------------------------------------------------------------------
+
+// Rows x Lanes results a block, RowsEach x LanesEach a thread, `Terms` of the chains a stage.
+// SharedTotals: in shared memory, not in registers, so that twice as many threads fit a
+// multiprocessor. Direct, for few rows: a thread has all rows, and reads the lanes of B that are
+// its own straight from memory.
+template <class ElementType, int Rows, int Lanes, int RowsEach, int LanesEach, int Terms,
+          bool SharedTotals = false, bool Direct = false, class SpotType = MaskedSpot>
+struct Tile {
+  using Spot = SpotType;
+  using Element = ElementType;
+  using Value = typename Arithmetic<Element>::Value;
+  static constexpr int rows = Rows, lanes = Lanes;
+  static constexpr int rows_each = RowsEach, lanes_each = LanesEach;
+  static constexpr bool shared_totals = SharedTotals, direct = Direct;
+  static constexpr int threads = rows / rows_each * (lanes / lanes_each);
+  static constexpr int block_terms = Terms;
+  static constexpr int window = 128 / block_terms;  // stages whose terms are tabulated at a time
+  // A warp is 4 x 8 threads. Its rows and lanes come in runs of up to four neighbours, which one
+  // load fetches.
+  static constexpr int warp_rows = direct ? 1 : 4, warp_lanes = 32 / warp_rows;
+  static constexpr int warps_across = lanes / (warp_lanes * lanes_each);
+  static constexpr int row_run = rows_each < 4 ? rows_each : 4;
+  static constexpr int lane_run = direct ? 1 : lanes_each < 4 ? lanes_each : 4;
+  static constexpr int a_loads = (rows * block_terms + threads - 1) / threads;
+  static constexpr int b_loads = direct ? 0 : lanes * block_terms / threads;
+  static constexpr int own_lanes = direct ? lanes_each : 1;
+  static_assert(threads % 32 == 0 && (direct || threads % lanes == 0) && threads % block_terms == 0,
+                "each thread loads one lane of B and one term of A");
+  static_assert(rows % (warp_rows * rows_each) == 0 && lanes % (warp_lanes * lanes_each) == 0,
+                "whole warps");
+
+  // Neighbouring threads share a row or a lane: so a warp's loads from shared memory take half the
+  // time.
+  TNC_HD static int row_of(int thread, int i) {
+    if constexpr (direct) return i;
+    const int warp = thread / 32, y = (thread & 1) + (thread % 32 / 16) * 2;
+    return warp / warps_across * (warp_rows * rows_each) + i / row_run * (warp_rows * row_run) +
+           y * row_run + i % row_run;
+  }
+  TNC_HD static int lane_of(int thread, int j) {
+    if constexpr (direct) return thread + j * threads;
+    const int warp = thread / 32, x = thread / 2 % 8;
+    return warp % warps_across * (warp_lanes * lanes_each) +
+           j / lane_run * (warp_lanes * lane_run) + x * lane_run + j % lane_run;
+  }
+
+  // Who has the total of a row and a lane, and where.
+  struct Owner {
+    int thread, run, at;
+  };
+  TNC_HD static Owner owner_of(int row, int lane) {
+    constexpr int rows_across = warp_rows * row_run, lanes_across = warp_lanes * lane_run;
+    constexpr int warp_height = warp_rows * rows_each, warp_width = warp_lanes * lanes_each;
+    const int y = row % rows_across / row_run, x = lane % lanes_across / lane_run;
+    const int i = row % warp_height / rows_across * row_run + row % row_run;
+    const int j = lane % warp_width / lanes_across;
+    const int warp = row / warp_height * warps_across + lane / warp_width;
+    return {warp * 32 + (y & 1) + x * 2 + y / 2 * 16, i * (lanes_each / lane_run) + j,
+            lane % lane_run};
+  }
+
+  struct TermOfA {
+    int offset, odd;  // offset -1: this slot holds no term
+  };
+  // The padding keeps transposing stores free of bank conflicts.
+  static constexpr int padding = 16 / static_cast<int>(sizeof(Value));
+  // A copy of packed values of A.
+  using Packed = Run<Value, padding>;
+  struct alignas(16) Shared {
+    alignas(16) Value a[2][block_terms][rows + padding];
+    alignas(16) Value b[direct ? 1 : 2][block_terms][direct ? padding : lanes + padding];
+    Spot term_b[2 * window * block_terms];
+    TermOfA term_a[2 * window * block_terms];
+    Spot lane_b[direct ? 1 : lanes];
+    Run<Total<Element>, lane_run> total[shared_totals ? rows_each * (lanes_each / lane_run) : 1]
+                                       [threads];
+  };
+
+  // What a thread keeps between phases.
+  struct Thread {
+    typename Arithmetic<Element>::Chain chain[rows_each][lanes_each];
+    Run<Total<Element>, lane_run> total[shared_totals ? 1 : rows_each * (lanes_each / lane_run)];
+    const Element* a;             // the row of its first load of A
+    int rows_left;                // from that row on
+    const Value* packed;          // its first copy of the first stage
+    const Element* b[own_lanes];  // the lanes of B that it loads
+    Spot lane[own_lanes];
+  };
 };
 
 // What one launch computes. Without a workspace a block folds its groups itself; with one, the
@@ -126,6 +205,10 @@ struct TileLaunch {
   Lowering lowering;
   int first_group, last_group, splits;
   void* workspace;
+  // A of the forward pass and the input gradient, in the order in which it is copied: [group][tile
+  // of rows][slot][row], the slots of a phase from its first_slot on, zeros where there is nothing.
+  void* packed;
+  int slots;        // of all phases
   bool whole_runs;  // may four neighbouring lanes be stored at once?
 };
 
@@ -206,9 +289,9 @@ TNC_HD bool padding_may_show(Total<T> total, T bias) {
   return !(total == total);
 }
 
-// There the specification computes the result again. Rare, so kept out of the kernels' registers.
+// There the specification computes the result again.
 template <class T>
-TNC_COLD void settle(const TileLaunch& launch, const Phase& phase, int group, int row, int lane) {
+TNC_HD void settle(const TileLaunch& launch, const Phase& phase, int group, int row, int lane) {
   const ConvProblem& p = launch.problem;
   int n, x[3];
   int64_t i[3];
@@ -225,13 +308,18 @@ TNC_COLD void settle(const TileLaunch& launch, const Phase& phase, int group, in
 
 // ---- the kernel --------------------------------------------------------------------------------
 
-template <class Config>
+// `dealt`: groups are dealt to several blocks a tile, and their values go to a workspace.
+// `by_term`: the weight gradient, where A is as large as B, and in both neighbouring terms are
+// neighbours. Else A is a weight, and packed.
+template <class Config, bool dealt, bool by_term>
 struct TileKernel {
   using T = typename Config::Element;
   using Value = typename Config::Value;
   using Thread = typename Config::Thread;
   using Shared = typename Config::Shared;
+  using Spot = typename Config::Spot;
   using Sum = Arithmetic<T>;
+  static constexpr bool transposed = by_term && !Config::direct;  // copies of B
 
   const TileLaunch& launch;
   const Lowering& l;
@@ -246,29 +334,63 @@ struct TileKernel {
         phase(launch_.lowering.phase[piece.phase]),
         shared(shared_) {}
 
-  // The thread's row of A and lane of B, and sums that are empty or go on from an earlier total.
+  // Where the thread's copies come from, and sums that are empty or go on from an earlier total.
   TNC_HD void start(Thread& me, int thread) const {
-    me.a = static_cast<const T*>(l.a) + piece.group * l.a_group +
-           (piece.row + thread / Config::block_terms) * l.a_row;
-    const int lane = piece.lane + thread % Config::lanes;
-    const Place place = phase.lanes.at(static_cast<uint32_t>(lane), l.b_stride);
-    me.b = static_cast<const T*>(l.b) + piece.group * l.b_group + place.offset;
+    if constexpr (by_term) {
+      me.a = static_cast<const T*>(l.a) + piece.group * l.a_group +
+             (piece.row + thread / Config::block_terms) * l.a_row;
+      in_registers(me.a);
+      me.rows_left = l.rows - piece.row - thread / Config::block_terms;
+    } else {
+      const int row_tiles = (l.rows + Config::rows - 1) / Config::rows;
+      const int64_t slot =
+          (static_cast<int64_t>(piece.group) * row_tiles + piece.row / Config::rows) *
+              launch.slots +
+          phase.first_slot + piece.block * Config::block_terms;
+      me.packed =
+          static_cast<const Value*>(launch.packed) + slot * Config::rows + thread * Config::padding;
+      in_registers(me.packed);
+    }
+    const T* const b = static_cast<const T*>(l.b) + piece.group * l.b_group;
     TNC_UNROLL
-    for (int axis = 0; axis < 3; ++axis)
-      me.coordinate[axis] = lane < phase.lane_count ? place.coordinate[axis] : far_outside;
+    for (int own = 0; own < Config::own_lanes; ++own) {
+      const int within = Config::direct ? Config::lane_of(thread, own) : thread % Config::lanes;
+      const int lane = piece.lane + within;
+      const Place place = phase.lanes.at(static_cast<uint32_t>(lane), l.b_stride);
+      me.b[own] = transposed ? b : b + place.offset;
+      in_registers(me.b[own]);
+      if constexpr (by_term)
+        me.lane[own] = lane < phase.lane_count ? Spot::tap(place, phase.misses) : Spot::none();
+      else
+        me.lane[own] = lane < phase.lane_count ? Spot::pixel(place, phase.misses) : Spot::none();
+      if constexpr (transposed) shared.lane_b[within] = me.lane[own];
+    }
     const auto* earlier = static_cast<const Total<T>*>(l.total);
     TNC_UNROLL
     for (int i = 0; i < Config::rows_each; ++i) {
       const int row = piece.row + Config::row_of(thread, i);
       TNC_UNROLL
       for (int j = 0; j < Config::lanes_each; ++j) {
-        const int at = piece.lane + Config::lane_of(thread, j);
         me.chain[i][j] = {};
-        me.total[i][j] = earlier != nullptr && row < l.rows && at < phase.lane_count
-                             ? earlier[flat_result(l, piece.group, row, at)]
-                             : Total<T>(0);
+        if constexpr (!dealt) {
+          const int at = piece.lane + Config::lane_of(thread, j);
+          total_at(me, thread, i, j) = earlier != nullptr && row < l.rows && at < phase.lane_count
+                                           ? earlier[flat_result(l, piece.group, row, at)]
+                                           : Total<T>(0);
+        }
       }
     }
+  }
+
+  TNC_HD auto& total_run(Thread& me, int thread, int i, int j) const {
+    const int run = i * (Config::lanes_each / Config::lane_run) + j / Config::lane_run;
+    if constexpr (Config::shared_totals)
+      return shared.total[run][thread];
+    else
+      return me.total[run];
+  }
+  TNC_HD Total<T>& total_at(Thread& me, int thread, int i, int j) const {
+    return total_run(me, thread, i, j).x[j % Config::lane_run];
   }
 
   // Tabulates the terms of a window of stages.
@@ -277,7 +399,7 @@ struct TileKernel {
     for (int entry = thread; entry < entries; entry += Config::threads) {
       const int block = piece.block + window * Config::window + entry / Config::block_terms;
       typename Config::TermOfA a{-1, 0};
-      typename Config::TermOfB b{0, {far_outside, far_outside, far_outside}};
+      Spot b = Spot::none();
       if (block < piece.last_block) {
         int period;
         const int term = phase.chain.term_at(block, entry % Config::block_terms, period);
@@ -285,45 +407,89 @@ struct TileKernel {
           const uint32_t flat = static_cast<uint32_t>(period * phase.term_period + term);
           const Place place = phase.terms.at(flat, l.b_stride);
           a = {static_cast<int>(place.other), phase.is_odd(flat)};
-          b = {static_cast<int>(place.offset),
-               {place.coordinate[0], place.coordinate[1], place.coordinate[2]}};
+          b = by_term ? Spot::pixel(place, phase.misses) : Spot::tap(place, phase.misses);
         }
       }
-      shared.term_a[window & 1][entry] = a;
-      shared.term_b[window & 1][entry] = b;
+      const int at = (window & 1) * entries + entry;
+      shared.term_a[at] = a;
+      shared.term_b[at] = b;
     }
+  }
+
+  // Where the terms of a stage stand in the tables.
+  TNC_HD static int first_term(int stage) {
+    return stage * Config::block_terms & (2 * Config::window * Config::block_terms - 1);
   }
 
   // Starts the copies of one stage.
   template <class Block>
   TNC_HD void load(Block& block, const Thread& me, int stage, int thread) const {
-    const int buffer = stage & 1, window = stage / Config::window & 1;
-    const int first = stage % Config::window * Config::block_terms;
-    constexpr int row_step = Config::threads / Config::block_terms;
-    constexpr int slot_step = Config::threads / Config::lanes;
-    const int slot_of_a = thread % Config::block_terms, row = thread / Config::block_terms;
-    const typename Config::TermOfA term_a = shared.term_a[window][first + slot_of_a];
+    const int buffer = stage & 1, first = first_term(stage);
+    if constexpr (by_term)
+      load_a(block, me, buffer, first, thread);
+    else
+      load_packed(block, me, stage, thread);
+    if constexpr (Config::b_loads > 0) load_b(block, me, buffer, first, thread);
+  }
+
+  template <class Block>
+  TNC_HD void load_a(Block& block, const Thread& me, int buffer, int first, int thread) const {
+    constexpr int step = Config::threads / Config::block_terms;
+    const int slot = thread % Config::block_terms, row = thread / Config::block_terms;
+    const typename Config::TermOfA term = shared.term_a[first + slot];
     TNC_UNROLL
     for (int i = 0; i < Config::a_loads; ++i) {
-      if (row + i * row_step >= Config::rows) break;  // more threads than elements of A
-      const bool valid = term_a.offset >= 0 && piece.row + row + i * row_step < l.rows;
-      fetch(block, &shared.a[buffer][slot_of_a][row + i * row_step],
-            me.a + (i * row_step * l.a_row + term_a.offset), valid);
-    }
-    const int lane = thread % Config::lanes;
-    TNC_UNROLL
-    for (int i = 0; i < Config::b_loads; ++i) {
-      const int slot = thread / Config::lanes + i * slot_step;
-      const typename Config::TermOfB term = shared.term_b[window][first + slot];
-      const bool valid = inside(me.coordinate[0] + term.coordinate[0], l.b_size[0]) &&
-                         inside(me.coordinate[1] + term.coordinate[1], l.b_size[1]) &&
-                         inside(me.coordinate[2] + term.coordinate[2], l.b_size[2]);
-      fetch(block, &shared.b[buffer][slot][lane], me.b + term.offset, valid);
+      if (Config::rows % step != 0 && row + i * step >= Config::rows) break;  // no row is left
+      fetch(block, &shared.a[buffer][slot][row + i * step],
+            me.a + (i * step * l.a_row + term.offset),
+            (term.offset >= 0) & (i * step < me.rows_left));
     }
   }
 
-  TNC_HD static bool inside(int coordinate, int size) {
-    return static_cast<unsigned int>(coordinate) < static_cast<unsigned int>(size);
+  template <class Block>
+  TNC_HD void load_packed(Block& block, const Thread& me, int stage, int thread) const {
+    constexpr int each = Config::padding, copies = Config::rows * Config::block_terms / each;
+    const Value* const from = me.packed + static_cast<int64_t>(stage) * (copies * each);
+    TNC_UNROLL
+    for (int first = 0; first < copies; first += Config::threads) {
+      const int copy = first + thread;
+      if (copies % Config::threads != 0 && copy >= copies) break;
+      auto* const to = &shared.a[stage & 1][copy * each / Config::rows][copy * each % Config::rows];
+      block.copy(reinterpret_cast<typename Config::Packed*>(to),
+                 reinterpret_cast<const typename Config::Packed*>(from + first * each), true);
+    }
+  }
+
+  // Spots are read ahead of the copies that need them, four at a time: more would not fit the
+  // registers.
+  template <class Block>
+  TNC_HD void load_b(Block& block, const Thread& me, int buffer, int first, int thread) const {
+    constexpr int batch = Config::b_loads < 4 ? Config::b_loads : 4;
+    constexpr int step = Config::threads / Config::block_terms;
+    const int slot = thread % Config::block_terms, lane = thread / Config::block_terms;
+    Spot own = me.lane[0];
+    if constexpr (transposed) own = shared.term_b[first + slot];
+    TNC_UNROLL
+    for (int i = 0; i < Config::b_loads; i += batch) {
+      Spot other[batch];
+      TNC_UNROLL
+      for (int k = 0; k < batch; ++k)
+        other[k] = transposed ? shared.lane_b[lane + (i + k) * step]
+                              : shared.term_b[first + slot_of_b(thread, i + k)];
+      TNC_UNROLL
+      for (int k = 0; k < batch; ++k) {
+        const bool valid = own.meets(other[k], phase.misses);
+        if constexpr (transposed)
+          fetch(block, &shared.b[buffer][slot][lane + (i + k) * step],
+                me.b[0] + (own.offset + other[k].offset), valid);
+        else
+          fetch(block, &shared.b[buffer][slot_of_b(thread, i + k)][thread % Config::lanes],
+                me.b[0] + other[k].offset, valid);
+      }
+    }
+  }
+  TNC_HD static int slot_of_b(int thread, int i) {
+    return thread / Config::lanes + i * (Config::threads / Config::lanes);
   }
 
   template <class Block>
@@ -334,28 +500,39 @@ struct TileKernel {
       *target = valid ? Sum::load(*source) : Value(0);
   }
 
-  // The next eight terms of every sum of this thread.
+  // The next terms of every sum of this thread. The operands of a slot are read a slot ahead.
   TNC_HD void step(Thread& me, int stage, int thread) const {
-    const int buffer = stage & 1;
-    // The steps of the 16-bit types are long: unrolled eight times they would outgrow the cache.
+    constexpr int ahead = Config::direct || is_half_type<T> ? 0 : 1;
+    Value a[ahead + 1][Config::rows_each], b[ahead + 1][Config::lanes_each];
+    if (ahead > 0) operands(me, stage, 0, thread, a[0], b[0]);
+    // The steps of the 16-bit types are long: unrolled they would outgrow the cache.
     TNC_UNROLL_IF(sizeof(T) != 2)
     for (int slot = 0; slot < Config::block_terms; ++slot) {
-      Value a[Config::rows_each], b[Config::lanes_each];
-      read<Config::row_run>(a, shared.a[buffer][slot],
-                            [&](int i) { return Config::row_of(thread, i); });
+      const int now = slot & ahead, next = (slot + ahead) & ahead;
+      if (slot + ahead < Config::block_terms)
+        operands(me, stage, slot + ahead, thread, a[next], b[next]);
+      bool odd = false;
+      if constexpr (is_half_type<T>) odd = shared.term_a[first_term(stage) + slot].odd != 0;
+      if (odd) {
+        steps(me, a[now], b[now], true);
+      } else {
+        steps(me, a[now], b[now], false);
+      }
+    }
+  }
+  TNC_HD void operands(const Thread& me, int stage, int slot, int thread,
+                       Value (&a)[Config::rows_each], Value (&b)[Config::lanes_each]) const {
+    const int buffer = stage & 1;
+    read<Config::row_run>(a, shared.a[buffer][slot],
+                          [&](int i) { return Config::row_of(thread, i); });
+    if constexpr (Config::direct) {
+      const Spot term = shared.term_b[first_term(stage) + slot];
+      TNC_UNROLL
+      for (int j = 0; j < Config::lanes_each; ++j)
+        b[j] = me.lane[j].meets(term, phase.misses) ? Sum::load(me.b[j][term.offset]) : Value(0);
+    } else {
       read<Config::lane_run>(b, shared.b[buffer][slot],
                              [&](int j) { return Config::lane_of(thread, j); });
-      bool odd = false;
-      if constexpr (is_half_type<T>)
-        odd = shared
-                  .term_a[stage / Config::window & 1]
-                         [stage % Config::window * Config::block_terms + slot]
-                  .odd != 0;
-      if (odd) {
-        steps(me, a, b, true);
-      } else {
-        steps(me, a, b, false);
-      }
     }
   }
   TNC_HD static void steps(Thread& me, const Value (&a)[Config::rows_each],
@@ -378,21 +555,50 @@ struct TileKernel {
 
   // A group has ended: fold it, or leave it in the workspace.
   TNC_HD void cut(Thread& me, int workspace_group, int thread) const {
-    auto* workspace = static_cast<Total<T>*>(launch.workspace);
+    constexpr int run = Config::lane_run;
+    if constexpr (!dealt) {
+      TNC_UNROLL
+      for (int i = 0; i < Config::rows_each; ++i) {
+        TNC_UNROLL
+        for (int j = 0; j < Config::lanes_each; j += run) {
+          auto& totals = total_run(me, thread, i, j);
+          auto folded = totals;
+          TNC_UNROLL
+          for (int r = 0; r < run; ++r) {
+            folded.x[r] = Sum::fold(folded.x[r], Sum::value(me.chain[i][j + r]));
+            me.chain[i][j + r] = {};
+          }
+          totals = folded;
+        }
+      }
+    } else {
+      // Runs of lanes at once, unless they end amid one.
+      if (phase.lane_count % Config::lane_run == 0)
+        deal<Config::lane_run>(me, workspace_group, thread);
+      else
+        deal<1>(me, workspace_group, thread);
+    }
+  }
+
+  template <int run>
+  TNC_HD void deal(Thread& me, int workspace_group, int thread) const {
+    auto* const workspace = static_cast<Total<T>*>(launch.workspace) +
+                            flat_result(l, workspace_group * l.groups + piece.group, 0, 0);
     TNC_UNROLL
     for (int i = 0; i < Config::rows_each; ++i) {
+      const int row = piece.row + Config::row_of(thread, i);
       TNC_UNROLL
-      for (int j = 0; j < Config::lanes_each; ++j) {
-        const Total<T> value = Sum::value(me.chain[i][j]);
-        me.chain[i][j] = {};
-        if (workspace == nullptr) {
-          me.total[i][j] = Sum::fold(me.total[i][j], value);
-        } else {
-          const int row = piece.row + Config::row_of(thread, i);
-          const int lane = piece.lane + Config::lane_of(thread, j);
-          if (row < l.rows && lane < phase.lane_count)
-            workspace[flat_result(l, workspace_group * l.groups + piece.group, row, lane)] = value;
+      for (int j = 0; j < Config::lanes_each; j += run) {
+        const int lane = piece.lane + Config::lane_of(thread, j);
+        Run<Total<T>, run> values;
+        TNC_UNROLL
+        for (int r = 0; r < run; ++r) {
+          values.x[r] = Sum::value(me.chain[i][j + r]);
+          me.chain[i][j + r] = {};
         }
+        if (row < l.rows && lane < phase.lane_count)
+          *reinterpret_cast<Run<Total<T>, run>*>(
+              workspace + (static_cast<int64_t>(row) * phase.lane_count + lane)) = values;
       }
     }
   }
@@ -400,7 +606,7 @@ struct TileKernel {
   // Stores this thread's results, `run` neighbours at a time. Returns whether padding may show in
   // any.
   template <int run>
-  TNC_HD bool store(const Thread& me, int thread) const {
+  TNC_HD bool store(Thread& me, int thread) const {
     bool doubtful = false;
     TNC_UNROLL
     for (int j = 0; j < Config::lanes_each; j += run) {
@@ -411,17 +617,17 @@ struct TileKernel {
       for (int i = 0; i < Config::rows_each; ++i) {
         const int row = piece.row + Config::row_of(thread, i);
         if (row >= l.rows) continue;
-        store_results<T, run>(launch, piece.group, row, c_offset, &me.total[i][j]);
+        store_results<T, run>(launch, piece.group, row, c_offset, &total_at(me, thread, i, j));
         TNC_UNROLL
         for (int r = 0; r < run; ++r)
-          doubtful =
-              doubtful || padding_may_show<T>(me.total[i][j + r], bias_of<T>(l, piece.group, row));
+          doubtful = doubtful || padding_may_show<T>(total_at(me, thread, i, j + r),
+                                                     bias_of<T>(l, piece.group, row));
       }
     }
     return doubtful;
   }
 
-  TNC_HD void finish(const Thread& me, int thread) const {
+  TNC_HD void finish(Thread& me, int thread) const {
     const bool doubtful =
         launch.whole_runs ? store<Config::lane_run>(me, thread) : store<1>(me, thread);
     if (launch.problem.direction != Direction::grad_input || !doubtful) return;
@@ -433,56 +639,128 @@ struct TileKernel {
           settle<T>(launch, phase, piece.group, row, lane);
       }
   }
+
+  // The same from shared totals, where lanes are apart in C: neighbouring threads store
+  // neighbouring lanes, whoever has summed them.
+  TNC_HD void finish_by_lane(int thread) const {
+    const int within = thread % Config::lanes, lane = piece.lane + within;
+    if (lane >= phase.lane_count) return;
+    const int64_t c_offset = phase.lanes.at(static_cast<uint32_t>(lane), l.b_stride).other;
+    for (int i = thread / Config::lanes; i < Config::rows; i += Config::threads / Config::lanes) {
+      const int row = piece.row + i;
+      if (row >= l.rows) return;
+      const typename Config::Owner owner = Config::owner_of(i, within);
+      const Total<T> total = shared.total[owner.run][owner.thread].x[owner.at];
+      store_results<T, 1>(launch, piece.group, row, c_offset, &total);
+      if (launch.problem.direction == Direction::grad_input &&
+          padding_may_show<T>(total, bias_of<T>(l, piece.group, row)))
+        settle<T>(launch, phase, piece.group, row, lane);
+    }
+  }
 };
 
-template <class Config, class Block>
-TNC_HD void compute_tile(Block& block, const TileLaunch& launch, typename Config::Shared& shared,
-                         int64_t index) {
+// One block, from beginning to end.
+template <class Config, bool dealt, bool by_term>
+struct TileBlock {
+  using Launch = TileLaunch;
+  using Shared = typename Config::Shared;
   using Thread = typename Config::Thread;
-  const TileKernel<Config> kernel(launch, shared, index);
-  const Piece& piece = kernel.piece;
-  const Chain& chain = kernel.phase.chain;
-  const int stages = piece.last_block - piece.block;
-  int in_period = 0, in_group = 0;  // blocks done
-  if (stages > 0) {
-    in_period = piece.block % chain.period_blocks;
-    in_group = in_period % chain.group_blocks;
-  }
-  int workspace_group = piece.workspace_group;
+  static constexpr int threads = Config::threads;
+  // 512 threads have 128 registers each, 256 have 255.
+  static constexpr bool small =
+      Config::shared_totals || Config::direct || (dealt && !is_half_type<typename Config::Element>);
+  static constexpr int together = (small ? 512 : 256) / threads;
 
-  block.each([&](int thread, Thread& me) {
-    kernel.start(me, thread);
-    kernel.tabulate(0, thread);
-  });
-  block.barrier();
-  block.each([&](int thread, Thread& me) {
-    if (stages > 0) kernel.load(block, me, 0, thread);
-  });
-  block.barrier();
-  for (int stage = 0; stage < stages; ++stage) {
-    const bool period_ends = ++in_period == chain.period_blocks;
-    const bool group_ends = ++in_group == chain.group_blocks || period_ends;
+  template <class Block>
+  TNC_HD static void run(Block& block, const TileLaunch& launch, Shared& shared, int64_t index) {
+    const TileKernel<Config, dealt, by_term> kernel(launch, shared, index);
+    const Piece& piece = kernel.piece;
+    const Chain& chain = kernel.phase.chain;
+    const int stages = piece.last_block - piece.block;
+    int in_period = stages > 0 ? piece.block % chain.period_blocks : 0;  // blocks done
+    int workspace_group = piece.workspace_group;
+
     block.each([&](int thread, Thread& me) {
-      if (stage + 1 < stages) kernel.load(block, me, stage + 1, thread);
-      if (stage % Config::window == 0) kernel.tabulate(stage / Config::window + 1, thread);
-      kernel.step(me, stage, thread);
-      if (group_ends) kernel.cut(me, workspace_group, thread);
+      kernel.start(me, thread);
+      kernel.tabulate(0, thread);
     });
-    if (group_ends) {
-      in_group = 0;
-      ++workspace_group;
-    }
-    if (period_ends) in_period = 0;
     block.barrier();
+    block.each([&](int thread, Thread& me) {
+      if (stages > 0) kernel.load(block, me, 0, thread);
+    });
+    block.barrier();
+    for (int stage = 0; stage < stages;) {
+      const int next_group = in_period + chain.group_blocks;
+      const int group_end = next_group < chain.period_blocks ? next_group : chain.period_blocks;
+      for (; in_period < group_end; ++in_period, ++stage) {
+        block.each([&](int thread, Thread& me) {
+          if (stage + 1 < stages) kernel.load(block, me, stage + 1, thread);
+          if ((stage & (Config::window - 1)) == 0)
+            kernel.tabulate(stage / Config::window + 1, thread);
+          kernel.step(me, stage, thread);
+        });
+        block.barrier();
+      }
+      block.each([&](int thread, Thread& me) { kernel.cut(me, workspace_group, thread); });
+      ++workspace_group;
+      if (in_period == chain.period_blocks) in_period = 0;
+    }
+    if constexpr (!dealt && Config::shared_totals) {
+      if (!launch.whole_runs) {
+        block.barrier();
+        block.each([&](int thread, Thread&) { kernel.finish_by_lane(thread); });
+        return;
+      }
+    }
+    if constexpr (!dealt) block.each([&](int thread, Thread& me) { kernel.finish(me, thread); });
   }
-  if (launch.workspace == nullptr)
-    block.each([&](int thread, Thread& me) { kernel.finish(me, thread); });
-}
+};
+
+// Packs A for a launch: a few rows of one slot a thread, so that neighbouring threads read
+// neighbouring terms.
+template <class Config>
+struct Pack {
+  TileLaunch launch;
+  Divider slots;
+
+  static constexpr int each = Config::padding, runs = Config::rows / each;
+
+  TNC_HD void operator()(int64_t flat) const {
+    using T = typename Config::Element;
+    const Lowering& l = launch.lowering;
+    const int row_tiles = (l.rows + Config::rows - 1) / Config::rows;
+    uint32_t rest = static_cast<uint32_t>(flat);
+    const int slot_of_all = static_cast<int>(slots.take(rest));
+    const int run = static_cast<int>(rest % runs), tile = static_cast<int>(rest / runs);
+    const int first_row = tile % row_tiles * Config::rows + run * each;
+    int number = 0;
+    while (number + 1 < l.phases && slot_of_all >= l.phase[number + 1].first_slot) ++number;
+    const Phase& phase = l.phase[number];
+    const int slot = slot_of_all - phase.first_slot;
+    int period;
+    const int term =
+        phase.chain.term_at(slot / Config::block_terms, slot % Config::block_terms, period);
+    typename Config::Packed values;
+    TNC_UNROLL
+    for (int i = 0; i < each; ++i) values.x[i] = typename Config::Value(0);
+    if (term >= 0) {
+      const T* const from = static_cast<const T*>(l.a) + tile / row_tiles * l.a_group +
+                            phase.terms.at(static_cast<uint32_t>(term), l.b_stride).other;
+      TNC_UNROLL
+      for (int i = 0; i < each; ++i)
+        if (first_row + i < l.rows)
+          values.x[i] = Arithmetic<T>::load(from[(first_row + i) * l.a_row]);
+    }
+    static_cast<typename Config::Packed*>(
+        launch.packed)[(static_cast<int64_t>(tile) * launch.slots + slot_of_all) * runs + run] =
+        values;
+  }
+};
 
 // total + value[0] + value[stride] + ..., left to right, many values on their way at a time.
 template <class T>
 TNC_HD Total<T> fold_groups(Total<T> total, const Total<T>* values, int64_t stride, int64_t count) {
-  constexpr int batch = 16;
+  constexpr int batch = 64;
   int64_t g = 0;
   for (; g + batch <= count; g += batch) {
     Total<T> loaded[batch];
@@ -494,6 +772,9 @@ TNC_HD Total<T> fold_groups(Total<T> total, const Total<T>* values, int64_t stri
   for (; g < count; ++g) total = Arithmetic<T>::fold(total, values[g * stride]);
   return total;
 }
+
+// Threads of a block of folds: few, so that few results are spread over all multiprocessors.
+constexpr int few_threads = 64;
 
 // After a launch with a workspace: the next groups of one result added to its total in order. The
 // totals between launches wait in `running`.

@@ -27,16 +27,22 @@ bool launch(const Case& c, const ConvProblem& p) {
   if (c.split == 0) rule.few_blocks = 0;  // never
   if (c.split >= 2) {                     // always, with a workspace too small for all groups
     rule.few_blocks = 1 << 30;
+    rule.few_groups = 2;
     rule.workspace_bytes = int64_t{1} << (c.split + 8);
     rule.wanted_blocks = 16;
   }
-  if (c.kernel == 4) return launch_depthwise(p, launcher);
+  if (c.kernel == 5) return launch_depthwise(p, launcher);
   if (!fits(p)) return false;
+  if (!fits_masks(p)) {
+    launch_tiles<typename Tiles<T>::Any>(p, rule, launcher);
+    return true;
+  }
   switch (c.kernel) {
     case 0: launch_tiles<typename Tiles<T>::Large>(p, rule, launcher); break;
-    case 1: launch_tiles<typename Tiles<T>::Medium>(p, rule, launcher); break;
-    case 2: launch_tiles<typename Tiles<T>::Flat>(p, rule, launcher); break;
-    default: launch_tiles<typename Tiles<T>::Thin>(p, rule, launcher);
+    case 1: launch_tiles<typename Tiles<T>::Flat>(p, rule, launcher); break;
+    case 2: launch_tiles<typename Tiles<T>::Slim>(p, rule, launcher); break;
+    case 3: launch_tiles<typename Tiles<T>::Thin>(p, rule, launcher); break;
+    default: launch_tiles<typename Tiles<T>::Any>(p, rule, launcher);
   }
   return true;
 }

@@ -47,14 +47,14 @@ bool agrees(const Case& c) {
   HostLauncher launcher{{}};
   if (c.direction == 0) {
     p.output = output2.view, p.index = index2.view;
-    return launch_quads(p, launcher) && same(output.data, output2.data) &&
+    return launch_runs(p, launcher) && same(output.data, output2.data) &&
            same(index.data, index2.data);
   }
   p.direction = PoolDirection::scatter;
   output.fill(random, c.values);  // the gradient
   pool_naive.run(p);
   p.input = input2.view;
-  return launch_quads(p, launcher) && same(input.data, input2.data);
+  return launch_runs(p, launcher) && same(input.data, input2.data);
 }
 
 template <class T>

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -87,18 +88,20 @@ struct HostLauncher {
   }
 
   template <class Body>
-  void each(int64_t count, const Body& body) {
+  void each(int64_t count, const Body& body, int = 0) {
     for (int64_t i = 0; i < count; ++i)
       body(schedule.order == Schedule::ascending ? i : count - 1 - i);
   }
 
-  template <class Config>
-  void tiles(const TileLaunch& launch, int64_t blocks) {
-    const auto shared = std::make_unique<typename Config::Shared>();
-    for (int64_t index = 0; index < blocks; ++index) {
-      std::memset(static_cast<void*>(shared.get()), 0xff, sizeof(*shared));
-      HostBlock<typename Config::Thread> block(Config::threads, schedule);
-      compute_tile<Config>(block, launch, *shared, index);
+  template <class Kernel>
+  void blocks(const typename Kernel::Launch& launch, int64_t count, int extra = 0) {
+    using Shared = typename Kernel::Shared;
+    const size_t bytes = sizeof(Shared) + static_cast<size_t>(extra);
+    const auto shared = std::make_unique<std::max_align_t[]>(bytes / sizeof(std::max_align_t) + 1);
+    for (int64_t index = 0; index < count; ++index) {
+      std::memset(static_cast<void*>(shared.get()), 0xff, bytes);
+      HostBlock<typename Kernel::Thread> block(Kernel::threads, schedule);
+      Kernel::run(block, launch, *reinterpret_cast<Shared*>(shared.get()), index);
     }
   }
 };
