@@ -44,7 +44,7 @@ void launch_blocks(const TileLaunch& launch, int64_t count, Launcher& launcher) 
     launcher.template blocks<TileBlock<Config, dealt, false>>(launch, count);
 }
 
-// Launcher: allocate(bytes), each(count, body), tiles<Config, dealt, by_term>(launch, blocks).
+// Launcher: allocate(bytes), each(count, body), blocks<Kernel>(launch, count).
 template <class Config, class Launcher>
 void launch_tiles(const ConvProblem& p, const SplitRule& rule, Launcher& launcher) {
   using T = typename Config::Element;
@@ -165,10 +165,22 @@ void launch_best_tiles(const ConvProblem& p, Launcher& launcher) {
     launch_tiles<typename All::Thin>(p, rule, launcher);
 }
 
+// Are packed weights countable in 31 bits, two at a time, with what pads their rows and terms?
+inline bool fits_packed(const ConvProblem& p) {
+  const ConvShape& s = p.shape;
+  if (p.direction == Direction::grad_weight) return true;
+  const bool forward = p.direction == Direction::forward;
+  const double rows = static_cast<double>((forward ? s.group_out() : s.group_in()) + 64);
+  const double terms = static_cast<double>((forward ? s.group_in() : s.group_out()) * s.taps());
+  return static_cast<double>(s.groups) * rows * (terms + 16 * max_phases) < 4294967296.0;
+}
+
 // Returns false to decline: other types, and sizes beyond the index arithmetic.
 template <class Launcher>
 bool launch_tiled(const ConvProblem& p, Launcher& launcher) {
-  if (p.direction == Direction::grad_bias || p.dtype > DType::bfloat16 || !fits(p)) return false;
+  if (p.direction == Direction::grad_bias || p.dtype > DType::bfloat16 || !fits(p) ||
+      !fits_packed(p))
+    return false;
   with_float_type(p.dtype,
                   [&](auto tag) { launch_best_tiles<typename decltype(tag)::type>(p, launcher); });
   return true;

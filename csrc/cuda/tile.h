@@ -1,5 +1,5 @@
-// The tiled kernel: one block computes a tile of C = A * B (lowering.h) from shared memory, eight
-// terms at a time, the next eight on their way. Start reading at TileBlock::run. The body runs on
+// The tiled kernel: one block computes a tile of C = A * B (lowering.h) from shared memory, a stage
+// of terms at a time, the next stage on its way. Start reading at TileBlock::run. The body runs on
 // the device and, block by block, in the host tests.
 #pragma once
 
@@ -61,8 +61,8 @@ struct alignas(sizeof(Value) * count < 16 ? sizeof(Value) * count : 16) Run {
   Value x[count];
 };
 
-// ---- a term's or a lane's share of a place in B, and whether two of them meet there
-// ---------------
+// ---- where a term or a lane stands in B, and whether two of them meet there
+// ----------------------
 
 // By masks: one instruction, for all but the largest kernels.
 struct alignas(8) MaskedSpot {
