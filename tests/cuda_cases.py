@@ -3,6 +3,7 @@
 Used by ``test_cuda.py`` and by ``tools/gpu_check.py``; needs torch alone.
 """
 
+import math
 import random
 
 import torch
@@ -14,6 +15,7 @@ FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 INTEGERS = [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8]
 CONV = [F.conv1d, F.conv2d, F.conv3d]
 POOL = [F.max_pool1d, F.max_pool2d, F.max_pool3d]
+MOST_PRODUCTS = 50_000_000  # of a sample: what the CPU's naive row does in a moment
 
 
 def bits(t):
@@ -72,6 +74,8 @@ def conv_call(r):
         "groups": groups,
     }
     spatial = numbers(r, dims, list(range(13, {1: 200, 2: 40, 3: 17}[dims])))
+    if math.prod(spatial) * math.prod(kernel) * channels * filters // groups > MOST_PRODUCTS:
+        return conv_call(r)
     dtype = r.choice(FLOATS + FLOATS + INTEGERS)
     last = r.randrange(2)
     impl = r.choice([None, *F.implementations("conv2d", "cuda")])

@@ -313,11 +313,12 @@ class PlaneMap {
         tile.rows = rows;
         w.tiling.run(w.phase, up(chunk.size[2] - qw, wide_.period), tile);
       }
-      if (wide_.period > 1 && !pairs())
+      if (wide_.period > 1 && !pairs()) {
+        const auto merge = row_merge<T, T>(wide_.period);
         for (int64_t i = 0; i < some; ++i)
-          row_merge<T, T>(wide_.period)(
-              w.staged + i * w.staged_pitch, most_tile_rows * w.staged_pitch, wide_.period,
-              chunk.size[2], result + (at_h + (row + i) * high_.period) * written_.stride[3]);
+          merge(w.staged + i * w.staged_pitch, most_tile_rows * w.staged_pitch, wide_.period,
+                chunk.size[2], result + (at_h + (row + i) * high_.period) * written_.stride[3]);
+      }
     }
   }
   // The row that a tile of `some` rows begins with.

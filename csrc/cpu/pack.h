@@ -169,12 +169,12 @@ void pack_panel(T* panel, int pitch, int lanes, const S* src, int64_t lane_strid
 
 // The elements of n vectors, a power of 2, in turns: element i of each side by side.
 template <int n, class V>
-TNC_INLINE void take_turns(V (&x)[n]) {
+TNC_INLINE void interleave(V (&x)[n]) {
   if constexpr (n > 1) {
     V even[n / 2], odd[n / 2];
     for (int i = 0; i < n / 2; ++i) even[i] = x[2 * i], odd[i] = x[2 * i + 1];
-    take_turns<n / 2>(even);
-    take_turns<n / 2>(odd);
+    interleave<n / 2>(even);
+    interleave<n / 2>(odd);
     for (int i = 0; i < n / 2; ++i) V::merge(even[i], odd[i], x[2 * i], x[2 * i + 1]);
   }
 }
@@ -202,7 +202,7 @@ void merge_rows(const T* from, int64_t pitch, int64_t, int64_t count, S* to) {
   for (int64_t at = 0; at < count; at += parts * V::lanes, from += V::lanes) {
     V x[parts];
     for (int k = 0; k < parts; ++k) x[k] = V::load(from + k * pitch);
-    take_turns<parts>(x);
+    interleave<parts>(x);
     store_run<parts>(x, count - at, to + at);
   }
 }
