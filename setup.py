@@ -93,7 +93,8 @@ def cuda_library() -> Extension | None:
     cpp_extension.CUDA_HOME = home
     # Nothing of torch's CUDA is linked or included, so the toolkit may be of another version.
     cpp_extension._check_cuda_version = lambda *_: None
-    if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
+    every_architecture = "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available()
+    if every_architecture:
         os.environ["TORCH_CUDA_ARCH_LIST"] = ARCHITECTURES
     library = Path(home, "lib64") if Path(home, "lib64").exists() else Path(home, "lib")
     flags = kernel_flags(platform.machine())
@@ -107,7 +108,13 @@ def cuda_library() -> Extension | None:
         libraries=["cudart_static", "dl", "rt", "pthread"],
         extra_compile_args={
             "cxx": [*STABLE_ABI, *flags],
-            "nvcc": ["-O3", "-fmad=false", f"-Xcompiler={','.join(host)}"],
+            "nvcc": [
+                "-O3",
+                "-fmad=false",  # as -ffp-contract=off
+                f"-Xcompiler={','.join(host)}",
+                # a fifth of the size, for a wheel; the drivers that nvcc 13 asks for unpack it
+                *(["--compress-mode=size"] if every_architecture else []),
+            ],
         },
         depends=relative("csrc/**/*.h"),
         py_limited_api=True,

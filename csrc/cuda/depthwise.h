@@ -1,8 +1,9 @@
 // Depthwise convolution (one input channel a group) and the bias gradient: no tile would fill, so
-// each thread sums by itself. Forward and input gradient: four neighbours of a row a thread, with
-// the specification's own sums. Weight and bias gradient: one group of terms a thread into a
-// workspace [group][element], which FoldGroups adds up in order. Bodies for the device and for the
-// host tests.
+// each thread sums by itself. Start reading at launch_depthwise, which sends contiguous float32 to
+// depthwise_patch.h and depthwise_groups.h. Here is the rest, summed from memory. Forward and input
+// gradient: four neighbours of a row a thread, with the specification's own sums. Weight and bias
+// gradient: one group of terms a thread into a workspace [group][element], which FoldGroups adds up
+// in order. Bodies for the device and for the host tests.
 #pragma once
 
 #include "../spec/max_pool.h"
