@@ -112,7 +112,7 @@ def cuda_library() -> Extension | None:
                 "-O3",
                 "-fmad=false",  # as -ffp-contract=off
                 f"-Xcompiler={','.join(host)}",
-                # a fifth of the size, for a wheel; the drivers that nvcc 13 asks for unpack it
+                # an eighth of the size, for a wheel; the drivers that nvcc 13 asks for unpack it
                 *(["--compress-mode=size"] if every_architecture else []),
             ],
         },
