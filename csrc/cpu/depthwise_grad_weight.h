@@ -291,14 +291,16 @@ void write_totals(const ConvProblem& p, int64_t first, int64_t number, int64_t n
 }
 
 // Depthwise, channels_last, read in place: its plan, which the threads share, and what a task does.
-// A task has some blocks of channels and goes over bands of rows, block by block; its steps, from
-// run_task on, follow each other below.
+// A task has some blocks of channels and goes over bands of rows, block by block, several rows at a
+// time if the same rows of taps read the padding; its steps, from run_task on, follow each other
+// below.
 template <class T>
 class InPlaceGradWeight {
   using E = Total<T>;
   using V = Vec<E>;
   static constexpr int L = V::lanes, C = chains_of<T>;
   static constexpr int64_t G = group_length<T>, most_rows = 64;  // of taps
+  static constexpr int64_t most_joined = 8;                      // rows of pixels at a time
 
  public:
   explicit InPlaceGradWeight(const ConvProblem& p)
@@ -326,9 +328,13 @@ class InPlaceGradWeight {
   // ---- the plan --------------------------------------------------------------------------------
 
   void cut_rows() {
-    // As many as read few enough lines that the first cache still has them for the next block.
-    band_ = most(1, (128 - (high_.extent(1) - high_.stride) * wide_.in) /
-                        (high_.stride * wide_.in + wide_.out));
+    // If blocks share lines, as many as read few enough that the first cache still has them for the
+    // next block; else as many as make the work of a block worth its beginning.
+    if (L * sizeof(T) < 64)
+      band_ = most(1, (128 - (high_.extent(1) - high_.stride) * wide_.in) /
+                          (high_.stride * wide_.in + wide_.out));
+    else
+      band_ = up(64, wide_.out);
     while (left_ < right_ && wide_.input_of(left_, 0) < 0) ++left_;
     while (right_ > left_ && wide_.input_of(right_ - 1, wide_.kernel - 1) >= wide_.in) --right_;
   }
@@ -338,7 +344,7 @@ class InPlaceGradWeight {
   struct Workspace {
     int64_t begin, count;  // blocks
     E *totals, *chains;
-    int64_t* offsets;
+    int64_t *offsets, *joined;
   };
   // Rows [first, last) of a sample, and what the next band reads first: it is fetched meanwhile,
   // across the end of a sample too.
@@ -351,11 +357,13 @@ class InPlaceGradWeight {
     const int64_t count = end - begin;
     Arena& arena = task_arena();
     arena.reset(Arena::bytes_for<E>(count * sums_) + Arena::bytes_for<E>(count * C * sums_) +
-                Arena::bytes_for<int64_t>(band_ * (plane_rows_ + 1)));
-    Workspace w{begin, count, nullptr, nullptr, nullptr};
+                Arena::bytes_for<int64_t>(band_ * (plane_rows_ + 1)) +
+                Arena::bytes_for<int64_t>(band_));
+    Workspace w{begin, count, nullptr, nullptr, nullptr, nullptr};
     w.totals = arena.take<E>(count * sums_);
     w.chains = arena.take<E>(count * C * sums_);
     w.offsets = arena.take<int64_t>(band_ * (plane_rows_ + 1));
+    w.joined = arena.take<int64_t>(band_);
     std::memset(w.chains, 0, count * C * sums_ * sizeof(E));
     for (int64_t b = 0; b < count; ++b)
       read_totals<T>(p_, channel(begin + b), 0, s_.taps(), w.totals + b * sums_);
@@ -364,7 +372,8 @@ class InPlaceGradWeight {
         const Band band = band_of(n, first);
         list_offsets(band, w);
         for (int64_t b = 0; b < count; ++b)
-          for (int64_t at = band.first; at < band.last; ++at) add_row(band, at, b, w);
+          for (int64_t at = band.first; at < band.last; at += w.joined[at - band.first])
+            add_rows(band, at, w.joined[at - band.first], b, w);
       }
     for (int64_t b = 0; b < count; ++b)
       write_totals<T>(p_, channel(begin + b), 0, s_.taps(), w.totals + b * sums_);
@@ -386,96 +395,112 @@ class InPlaceGradWeight {
   }
 
   // For each row of the band where what each row of taps reads lies, or -1: padding; last its
-  // gradient.
+  // gradient. And with how many rows it begins whose rows of taps lie in the padding as its own do.
   void list_offsets(const Band& band, const Workspace& w) const {
     const int64_t *const in = p_.input.stride, *const out = p_.output.stride;
-    for (int64_t at = band.first; at < band.last; ++at) {
-      const int64_t d = at / high_.out, h = at % high_.out;
-      int64_t* const offset = w.offsets + (at - band.first) * (plane_rows_ + 1);
+    for (int64_t at = band.last - 1; at >= band.first; --at) {
+      const int64_t d = at / high_.out, h = at % high_.out, i = at - band.first;
+      int64_t* const offset = offsets_of(i, w);
       offset[plane_rows_] = d * out[2] + h * out[3];
+      bool alike = at + 1 < band.last;
       for (int64_t r = 0; r < plane_rows_; ++r) {
         const int64_t id = deep_.input_of(d, r / high_.kernel);
         const int64_t ih = high_.input_of(h, r % high_.kernel);
         const bool inside = deep_.holds_input(id) && high_.holds_input(ih);
         offset[r] = inside ? id * in[2] + ih * in[3] : -1;
+        alike = alike && (offset[plane_rows_ + 1 + r] < 0) == !inside;
       }
+      w.joined[i] = alike ? least(w.joined[i + 1] + 1, most_joined) : 1;
     }
   }
+  int64_t* offsets_of(int64_t row, const Workspace& w) const {  // row of the band
+    return w.offsets + row * (plane_rows_ + 1);
+  }
 
-  // One row of pixels for block b, a group's part of it after the other.
-  void add_row(const Band& band, int64_t at, int64_t b, const Workspace& w) const {
+  // Rows [at, at + rows) of pixels for block b, a group's part of them after the other.
+  void add_rows(const Band& band, int64_t at, int64_t rows, int64_t b, const Workspace& w) const {
     const int64_t to_input = p_.input.stride[4], to_grad = p_.output.stride[4];
-    const int64_t* const offset = w.offsets + (at - band.first) * (plane_rows_ + 1);
     const int64_t first_channel = channel(w.begin + b);
-    const T* const grad = band.grads + offset[plane_rows_] + first_channel;
     E *const chain = w.chains + b * C * sums_, *const total = w.totals + b * sums_;
-    // A block's share of as many rows as this one is of the band.
-    const auto share = [&](const T* ahead, int64_t rows, int64_t row, int64_t columns) {
+    // A block's share of as many rows as these are of the band.
+    const auto share = [&](const T* ahead, int64_t stride, int64_t row, int64_t columns) {
       const T* const from =
-          ahead + (at - band.first) * rows * row + (w.begin + b) * rows * columns * L;
+          ahead + (at - band.first) * stride * row + (w.begin + b) * rows * stride * columns * L;
       return Ahead{reinterpret_cast<const char*>(from),
-                   reinterpret_cast<const char*>(from + rows * columns * L)};
+                   reinterpret_cast<const char*>(from + rows * stride * columns * L)};
     };
-    PixelRow<T> part;
+    PixelRow<T> part[most_joined];
+    const T* corner[most_joined];
     PixelRows<T> pixels;
-    pixels.row = &part;
-    pixels.count = 1;
+    pixels.row = part;
     pixels.grad_pitch = to_grad;
     pixels.tap_columns = wide_.dilation;
     pixels.pixel_columns = wide_.stride;
     pixels.width = wide_.in;
     pixels.input_ahead = share(band.inputs_ahead, high_.stride, p_.input.stride[3], wide_.in);
     pixels.grad_ahead = share(band.grads_ahead, 1, p_.output.stride[3], wide_.out);
-    int64_t number = at * wide_.out;
-    for (int64_t x = 0, next; x < wide_.out; number += next - x, x = next) {
-      next = least(wide_.out, x + G - number % G);
-      part.grad = grad + x * to_grad;
-      part.left = most(least(left_, next) - x, 0);
-      part.middle = most(least(right_, next) - most(left_, x), 0);
-      part.right = next - x - part.left - part.middle;
-      part.column = wide_.input_of(x, 0);
-      pixels.number = number;
-      pixels.end = number + next - x;
+    int64_t row = at, x = 0;
+    for (int64_t number = at * wide_.out; row < at + rows; number = pixels.end) {
+      pixels.number = pixels.end = number;
+      const int64_t* const offset = offsets_of(row - band.first, w);
+      for (pixels.count = 0; row < at + rows && (pixels.count == 0 || pixels.end % G != 0);) {
+        const int64_t next = least(wide_.out, x + G - pixels.end % G);
+        PixelRow<T>& one = part[pixels.count];
+        one.grad =
+            band.grads + offsets_of(row - band.first, w)[plane_rows_] + first_channel + x * to_grad;
+        one.left = most(least(left_, next) - x, 0);
+        one.middle = most(least(right_, next) - most(left_, x), 0);
+        one.right = next - x - one.left - one.middle;
+        one.column = wide_.input_of(x, 0);
+        corner[pixels.count++] = band.inputs + first_channel + one.column * to_input;
+        pixels.end += next - x;
+        x = next;
+        if (x == wide_.out) ++row, x = 0;
+      }
       const bool closes = pixels.end % G == 0 || pixels.end == s_.outputs();
       pixels.begins = folds_in_tile<V> && number % G == 0;
       pixels.ends = folds_in_tile<V> && closes;
-      add_taps(pixels, part, offset, band.inputs + first_channel + part.column * to_input, chain,
-               total);
+      add_taps(pixels, part, offset, corner, chain, total);
       if (!folds_in_tile<V> && closes) fold_chains<T>(sums_, chain, total);
     }
   }
 
-  // All taps of some pixels of a row; `corner` is what the first reads in row 0. A row of taps in
-  // the padding adds products of the gradient with +0: all its taps the same sum.
-  void add_taps(PixelRows<T>& pixels, PixelRow<T>& part, const int64_t* offset, const T* corner,
-                E* chain, E* total) const {
+  // All taps of some pixels; `offset` is that of the first row, `corner` what the first pixel of
+  // each would read in row 0. A row of taps in the padding adds products of the gradient with +0:
+  // all its taps the same sum.
+  void add_taps(PixelRows<T>& pixels, PixelRow<T>* part, const int64_t* offset,
+                const T* const* corner, E* chain, E* total) const {
     V nothing[C];
     bool summed = false;
     for (int64_t r = 0, run; r < plane_rows_; r += run) {
       run = 1;
       while (r + run < plane_rows_ && (offset[r + run] < 0) == (offset[r] < 0)) ++run;
       if (offset[r] >= 0) {
-        const T* start[most_rows];
-        for (int64_t i = 0; i < run; ++i) start[i] = corner + offset[r + i];
-        part.taps = start;
+        const T* start[most_joined][most_rows];
+        for (int64_t j = 0; j < pixels.count; ++j) {
+          for (int64_t i = 0; i < run; ++i)
+            start[j][i] = corner[j] + offset[j * (plane_rows_ + 1) + r + i];
+          part[j].taps = start[j];
+        }
         all_taps<C>(pixels, run, wide_.kernel, wide_.dilation * p_.input.stride[4],
                     wide_.stride * p_.input.stride[4], total + r * wide_.kernel * L,
                     chain + r * wide_.kernel * L, sums_);
       } else {
-        if (!summed) multiply_by_zero(pixels, part, nothing);
+        if (!summed) multiply_by_zero(pixels, nothing);
         summed = true;
         for (int64_t i = r * wide_.kernel; i < (r + run) * wide_.kernel; ++i)
           add_nothing(pixels, nothing, chain + i * L, total + i * L);
       }
     }
   }
-  static void multiply_by_zero(const PixelRows<T>& pixels, const PixelRow<T>& part,
-                               V (&nothing)[C]) {
+  static void multiply_by_zero(const PixelRows<T>& pixels, V (&nothing)[C]) {
     for (V& sum : nothing) sum = V::zero();
-    for (int64_t number = pixels.number; number < pixels.end; ++number) {
-      V& sum = nothing[number % C];
-      sum = fma(V::load(part.grad + (number - pixels.number) * pixels.grad_pitch), V::zero(), sum);
-    }
+    int64_t number = pixels.number;
+    for (const PixelRow<T>* row = pixels.row; row < pixels.row + pixels.count; ++row)
+      for (int64_t i = 0; i < row->left + row->middle + row->right; ++i, ++number) {
+        V& sum = nothing[number % C];
+        sum = fma(V::load(row->grad + i * pixels.grad_pitch), V::zero(), sum);
+      }
   }
   void add_nothing(const PixelRows<T>& pixels, const V (&nothing)[C], E* chain, E* total) const {
     V sum[C];

@@ -1,10 +1,11 @@
 // Forward and grad_input of channels_last tensors, depthwise or of small square groups: lanes are
 // channels, and both tensors are used where they lie. Start reading at map_in_place, at the end.
 //
-// A task is a row of the result; it goes over it in tiles of up to 8 pixels, all channels of a tile
-// before the next, so that memory is touched in its order. Taps beyond the tensor are left out,
-// which is exact for finite weights. Of a grad_input of stride 2 a tile holds the pixels of both
-// phases, so that a vector of the gradient is loaded once for both.
+// A task is a row of the result, or two; it goes over them in tiles of up to 8 pixels, all channels
+// of a tile before the next, so that memory is touched in its order. What two rows both read is
+// loaded once. Taps beyond the tensor are left out, which is exact for finite weights. Of a
+// grad_input of stride 2 a tile holds the pixels of both phases, so that a vector of the gradient
+// is loaded once for both.
 #pragma once
 
 #include "depthwise_geometry.h"
@@ -27,18 +28,21 @@ struct TileColumns {
   }
 };
 
-// acc[k % chains][i] += `length` taps; a vector is loaded once for all the pixels that read it.
-// Columns are met in the order in which each pixel meets its taps: grad_input from right to left.
-// With `edge` columns outside [first, end) do not exist. `lane`: of a group's channel for each
-// lane, if groups have several.
-template <class V, class Columns, int length, bool transposed, bool edge, bool grouped, int chains,
-          int pixels, class T>
-TNC_INLINE void add_taps(V (&acc)[chains][pixels], const T* source, int64_t pitch, int first,
-                         int end, const Total<T>* weights, const int32_t* lane) {
+// acc[r][i][k % chains] += `length` taps, for the rows r of the tile from `top` to `bottom`; a
+// vector is loaded once for all the pixels that read it. Columns are met in the order in which each
+// pixel meets its taps: grad_input from right to left. With `edge` columns outside [first, end) do
+// not exist. `lane`: of a group's channel for each lane, if groups have several.
+template <class V, class Columns, int length, bool transposed, bool edge, bool grouped, int top,
+          int bottom, int height, int pixels, int chains, class T>
+TNC_INLINE void add_taps(V (&acc)[height][pixels][chains], const T* source, int64_t pitch,
+                         int first, int end, const Total<T>* weights, const int (&number)[height],
+                         const int32_t* lane) {
   constexpr int columns = Columns::count(pixels, length);
-  V w[length];
+  V w[height][length];
+#pragma GCC unroll 2
+  for (int r = top; r < bottom; ++r)
 #pragma GCC unroll 8
-  for (int k = 0; k < length; ++k) w[k] = V::load(weights + k * V::lanes);
+    for (int k = 0; k < length; ++k) w[r][k] = V::load(weights + (number[r] + k) * V::lanes);
   if (transposed) source += (columns - 1) * pitch, pitch = -pitch;
 #pragma GCC unroll 24
   for (int n = 0; n < columns; ++n, source += pitch) {
@@ -46,11 +50,13 @@ TNC_INLINE void add_taps(V (&acc)[chains][pixels], const T* source, int64_t pitc
     if (edge && (column < first || column >= end)) continue;
     V x = V::load(source);
     if constexpr (grouped) x = x.permute(lane);
+#pragma GCC unroll 2
+    for (int r = top; r < bottom; ++r)
 #pragma GCC unroll 8
-    for (int i = 0; i < pixels; ++i) {
-      const int k = Columns::tap(i, column, length);
-      if (k >= 0 && k < length) acc[k % chains][i] = fma(x, w[k], acc[k % chains][i]);
-    }
+      for (int i = 0; i < pixels; ++i) {
+        const int k = Columns::tap(i, column, length);
+        if (k >= 0 && k < length) acc[r][i][k % chains] = fma(x, w[r][k], acc[r][i][k % chains]);
+      }
   }
 }
 
@@ -66,33 +72,48 @@ template <class T>
 struct InPlacePlan {
   MapAxis axis[3];
   RawView source, written;
-  // weights[block][tap][lane]; the last block ends with the last channel.
+  // weights[block][tap][lane]; the last block ends with the last channel. No bias is -0: then what
+  // it is added to may be one, as a sum that did not begin with +0 can be.
   const Total<T>*weights, *bias;
   int64_t channels, planes, numbers;  // planes, numbers: of an element's source channels and terms
   TapRun run[256];                    // of a row of taps, and of one in which a group of terms ends
   int runs[2];
   int32_t lane[Vec<Total<T>>::lanes][Vec<Total<T>>::lanes];  // the lanes' channels for each plane
   int64_t spacing;  // from one column of a tile to the next
+  bool fetches_ahead;
 };
 
-// A row of taps that lies in the tensor.
+// Are the input and output more than the caches between a core and the memory are taken to hold?
+// If they are not, fetching lines ahead gains nothing, and costs as much as reading them again.
+template <class T>
+bool exceeds_caches(const ConvProblem& p) {
+  const ConvShape& s = p.shape;
+  const int64_t elements = s.in_channels * s.inputs() + s.out_channels * s.outputs();
+  return s.batch * elements * static_cast<int64_t>(sizeof(T)) > 16 << 20;
+}
+
+// So many rows of a tile have their chains in registers.
+template <class T>
+constexpr int most_height = Vec<Total<T>>::registers == 32 && chains_of<T> == 1 ? 2 : 1;
+
+// A row of the tensor that a tile reads.
 template <class T>
 struct TapRow {
-  const T* source;  // its column 0
-  int number;       // of its first tap
+  const T* source;             // its column 0
+  int number[most_height<T>];  // of the first tap with which each row of the tile meets it, or -1
   int plane;
   bool ends_group;  // between two of its taps
 };
 
-// A tile of `pixels` from pixel w on, all channels.
-template <class T, int stride, bool transposed, bool grouped, int pixels, bool edge>
+// A tile of `height` rows of `pixels` from pixel w on, all channels.
+template <class T, int stride, bool transposed, bool grouped, int height, int pixels, bool edge>
 void in_place_tile(const InPlacePlan<T>& plan, const TapRow<T>* rows, int row_count,
                    const TapRun* runs, int64_t w, T* to, const T* ahead) {
   using V = Vec<Total<T>>;
   using Columns = TileColumns<stride, transposed>;
   constexpr int L = V::lanes, line = 64 / sizeof(T), chains = chains_of<T>;
   const int64_t pitch = plan.spacing * plan.source.stride[4];
-  const int64_t new_rows = least(plan.axis[1].step, 2);
+  const int64_t new_rows = most(1, height * least(plan.axis[1].step, 2) / plan.axis[1].period);
   const int64_t new_elements = pixels * least(plan.axis[2].step, 2) / plan.axis[2].period * L;
   const int64_t out_pixel = plan.written.stride[4], out_row = plan.written.stride[3];
   const int64_t blocks = up(plan.channels, L);
@@ -102,46 +123,69 @@ void in_place_tile(const InPlacePlan<T>& plan, const TapRow<T>* rows, int row_co
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t channel = least(b * L, plan.channels - L);
     const Total<T>* const weights = plan.weights + b * plan.numbers * L;
-    for (int64_t r = 0; r < new_rows; ++r)
-      for (int64_t i = 0; i < new_elements; i += line)
-        prefetch(ahead + r * plan.source.stride[3] + b * new_elements + i);
-    for (int64_t i = 0; i < pixels * L; i += line) prefetch(to + out_row + b * pixels * L + i);
-    V acc[chains][pixels], total[pixels];
-#pragma GCC unroll 8
-    for (int i = 0; i < pixels; ++i) {
-      total[i] = V::zero();
-#pragma GCC unroll 2
-      for (int q = 0; q < chains; ++q) acc[q][i] = V::zero();
+    if (plan.fetches_ahead) {
+      for (int64_t r = 0; r < new_rows; ++r)
+        for (int64_t i = 0; i < new_elements; i += line)
+          prefetch(ahead + r * plan.source.stride[3] + b * new_elements + i);
+      for (int64_t r = height; r < 2 * height; ++r)
+        for (int64_t i = 0; i < pixels * L; i += line)
+          prefetch(to + r * out_row + b * pixels * L + i);
     }
-    const auto fold = [&]() __attribute__((always_inline)) {
-#pragma GCC unroll 8
-      for (int i = 0; i < pixels; ++i) {
-        V group = acc[0][i];
-        if constexpr (chains == 2) group = group + acc[1][i];
-        total[i] = total[i] + group;
+    // Two chains have groups that are added to a total; the one chain is all of its terms.
+    V acc[height][pixels][chains], total[height][pixels];
+    const auto each = [&](const auto& what) __attribute__((always_inline)) {
 #pragma GCC unroll 2
-        for (int q = 0; q < chains; ++q) acc[q][i] = V::zero();
-      }
+      for (int r = 0; r < height; ++r)
+#pragma GCC unroll 8
+        for (int i = 0; i < pixels; ++i) what(r, i);
     };
+    const auto restart = [&](int r, int i) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+      for (int q = 0; q < chains; ++q) acc[r][i][q] = V::zero();
+    };
+    const auto fold = [&](int r, int i) __attribute__((always_inline)) {
+      total[r][i] = total[r][i] + sum_of(acc[r][i]);
+      restart(r, i);
+    };
+    each(restart);
+    each([&](int r, int i) __attribute__((always_inline)) { total[r][i] = V::zero(); });
     int group = 0, even = 0;  // `even`: the parity of the terms whose chain is the first
-    for (int r = 0; r < row_count; ++r) {
-      const bool ends = chains == 2 && rows[r].ends_group;
+    for (const TapRow<T>* row = rows; row < rows + row_count; ++row) {
+      const bool ends = chains == 2 && row->ends_group;
       for (int j = ends ? plan.runs[0] : 0; j < plan.runs[ends]; ++j) {
         const TapRun& run = runs[j];
-        const int number = rows[r].number + run.first;
         if constexpr (chains == 2) {
-          if (number / group_length<T> != group) fold(), group = number / group_length<T>;
+          const int number = row->number[0] + run.first;
+          if (number / group_length<T> != group) each(fold), group = number / group_length<T>;
           if (number % 2 != even) {
             even = number % 2;
-#pragma GCC unroll 8
-            for (int i = 0; i < pixels; ++i) std::swap(acc[0][i], acc[1][i]);
+            each([&](int r, int i)
+                     __attribute__((always_inline)) { std::swap(acc[r][i][0], acc[r][i][1]); });
           }
         }
-        const T* const from = rows[r].source + channel + run.offset;
-        const Total<T>* const taps = weights + number * L;
+        const T* const from = row->source + channel + run.offset;
+        const Total<T>* const taps = weights + run.first * L;
+        const auto add_to = [&](auto top, auto bottom, auto length) __attribute__((always_inline)) {
+          int number[height];
+#pragma GCC unroll 2
+          for (int r = 0; r < height; ++r) number[r] = row->number[r];
+          add_taps<V, Columns, length.value, transposed, edge, grouped, top.value, bottom.value>(
+              acc, from, pitch, run.first_there, run.end, taps, number, plan.lane[row->plane]);
+        };
         const auto add = [&](auto length) __attribute__((always_inline)) {
-          add_taps<V, Columns, length.value, transposed, edge, grouped>(
-              acc, from, pitch, run.first_there, run.end, taps, plan.lane[rows[r].plane]);
+          const std::integral_constant<int, 0> start;
+          const std::integral_constant<int, 1> middle;
+          if constexpr (height == 2) {
+            const std::integral_constant<int, 2> end;
+            if (row->number[0] < 0)
+              add_to(middle, end, length);
+            else if (row->number[1] < 0)
+              add_to(start, middle, length);
+            else
+              add_to(start, end, length);
+          } else {
+            add_to(start, middle, length);
+          }
         };
         if (run.length == 3)
           add(std::integral_constant<int, 3>{});
@@ -155,86 +199,126 @@ void in_place_tile(const InPlacePlan<T>& plan, const TapRow<T>* rows, int row_co
           add(std::integral_constant<int, 1>{});
       }
     }
-    fold();
     const V bias = V::load(plan.bias + channel);
-#pragma GCC unroll 8
-    for (int i = 0; i < pixels; ++i) {
-      if (edge && (i < first || i >= end)) continue;
-      result_of<T>(total[i] + bias).store(to + channel + i * out_pixel);
-    }
+    each([&](int r, int i) __attribute__((always_inline)) {
+      if (edge && (i < first || i >= end)) return;
+      V sum = sum_of(acc[r][i]);
+      if constexpr (chains == 2) sum = total[r][i] + sum;
+      result_of<T>(sum + bias).store(to + channel + r * out_row + i * out_pixel);
+    });
   }
 }
 
-// Rows [begin, end) of the result.
-template <class T, int stride, bool transposed, bool grouped>
-void in_place_rows(const InPlacePlan<T>& plan, int64_t begin, int64_t end) {
+// The rows of the tensor that rows [h, h + height) of slice d of the result read, in the order in
+// which each of them meets its taps. Returns how many there are.
+template <int height, class T>
+int list_tap_rows(const InPlacePlan<T>& plan, const T* sample, int64_t d, int64_t h,
+                  TapRow<T>* list) {
+  const MapAxis &deep = plan.axis[0], &high = plan.axis[1];
+  const RawView& source = plan.source;
+  const int kernel = static_cast<int>(plan.axis[2].kernel);
+  int count = 0, number = 0;
+  for (int plane = 0; plane < plan.planes; ++plane)
+    for (int64_t kd = 0; kd < deep.kernel; ++kd, number += static_cast<int>(high.kernel) * kernel) {
+      const int64_t at_d = deep.base(d) + deep.shift(d % deep.period, kd);
+      if (!deep.meets(d % deep.period, kd) || at_d < 0 || at_d >= deep.source) continue;
+      int64_t kh[height], at[height];  // each row's next row of taps, and what it reads
+      const auto find = [&](int r, int64_t from) {
+        const int64_t phase = (h + r) % high.period;
+        for (kh[r] = from; kh[r] < high.kernel; ++kh[r]) {
+          at[r] = high.base(h + r) + high.shift(phase, kh[r]);
+          if (high.meets(phase, kh[r]) && at[r] >= 0 && at[r] < high.source) return;
+        }
+      };
+      for (int r = 0; r < height; ++r) find(r, 0);
+      for (;;) {
+        int next = -1;  // the row whose turn it is
+        for (int r = 0; r < height; ++r)
+          if (kh[r] < high.kernel && (next < 0 || high.sign * (at[r] - at[next]) < 0)) next = r;
+        if (next < 0) break;
+        const int64_t row = at[next];
+        const int first = number + static_cast<int>(kh[next]) * kernel;
+        TapRow<T>& listed = list[count++];
+        listed = {sample + at_d * source.stride[2] + row * source.stride[3],
+                  {},
+                  plane,
+                  first < group_length<T> && first + kernel > group_length<T>};
+        for (int r = 0; r < height; ++r) {
+          const bool meets = kh[r] < high.kernel && at[r] == row;
+          listed.number[r] = meets ? number + static_cast<int>(kh[r]) * kernel : -1;
+          if (meets) find(r, kh[r] + 1);
+        }
+      }
+    }
+  return count;
+}
+
+// Rows [h, h + height) of slice d of sample n of the result.
+template <class T, int stride, bool transposed, bool grouped, int height>
+void in_place_row(const InPlacePlan<T>& plan, int64_t n, int64_t d, int64_t h, TapRun* runs) {
   using Columns = TileColumns<stride, transposed>;
   constexpr bool phases = transposed && stride > 1;
   const MapAxis* const axis = plan.axis;
   const RawView &source = plan.source, &written = plan.written;
+  const T* const sample = static_cast<const T*>(source.data) + n * source.stride[0];
+  TapRow<T> rows[height * 128];
+  const int row_count = list_tap_rows<height>(plan, sample, d, h, rows);
+  T* const to = static_cast<T*>(written.data) + n * written.stride[0] + d * written.stride[2] +
+                h * written.stride[3];
+  // The processor does not see rows coming that are read a few channels at a time: those that the
+  // next row of the result reads first are fetched ahead.
+  const T* const ahead =
+      sample + axis[0].base(d) * source.stride[2] +
+      (axis[1].base(h + height - 1) + 1 +
+       most(axis[1].numerator(0), axis[1].numerator(axis[1].kernel - 1)) / axis[1].period) *
+          source.stride[3];
+  const auto tile = [&](auto constant, int64_t w) {
+    constexpr int pixels = constant.value;
+    const int64_t base = phases ? (w + axis[2].pad) / stride : axis[2].base(w);
+    bool edge = w < 0 || w + pixels > axis[2].written;
+    for (int j = 0; j < plan.runs[1]; ++j) {
+      const int64_t column = base + runs[j].column, spacing = plan.spacing;
+      const int columns = Columns::count(pixels, runs[j].length);
+      runs[j].offset = column * source.stride[4];
+      runs[j].first_there = 0, runs[j].end = columns;
+      if (column >= 0 && column + (columns - 1) * spacing < axis[2].source) continue;
+      edge = true;
+      const int64_t first_there = most(0, -floor_div(column, spacing));
+      const int64_t end = -floor_div(column - axis[2].source, spacing);
+      runs[j].first_there = static_cast<int>(least(first_there, columns));
+      runs[j].end = static_cast<int>(most(0, least(end, columns)));
+    }
+    const auto run = edge ? in_place_tile<T, stride, transposed, grouped, height, pixels, true>
+                          : in_place_tile<T, stride, transposed, grouped, height, pixels, false>;
+    run(plan, rows, row_count, runs, w, to, ahead + base * source.stride[4]);
+  };
+  // Stride phases: a tile begins where tap 0 meets a column.
+  int64_t w = phases ? -(axis[2].pad % stride) : 0;
+  const int64_t span = axis[2].written - w;
+  const bool sevens = !phases && (span + 6) / 7 * 7 < (span + 7) / 8 * 8;
+  while (w < axis[2].written) {
+    if (axis[2].written - w <= 4)
+      tile(std::integral_constant<int, 4>{}, w), w += 4;
+    else if (!sevens)
+      tile(std::integral_constant<int, 8>{}, w), w += 8;
+    else if constexpr (!phases)
+      tile(std::integral_constant<int, 7>{}, w), w += 7;
+  }
+}
+
+// Tasks [begin, end): most_height rows of the result, or the last row.
+template <class T, int stride, bool transposed, bool grouped>
+void in_place_rows(const InPlacePlan<T>& plan, int64_t begin, int64_t end) {
+  constexpr int height = grouped ? 1 : most_height<T>;
+  const int64_t slices = plan.axis[0].written, all = plan.axis[1].written;
+  const int64_t tasks = up(all, height);  // of a slice
   TapRun runs[256];
   for (int j = 0; j < plan.runs[1]; ++j) runs[j] = plan.run[j];
-  for (int64_t piece = begin; piece < end; ++piece) {
-    const int64_t h = piece % axis[1].written, d = piece / axis[1].written % axis[0].written;
-    const int64_t n = piece / axis[1].written / axis[0].written;
-    const T* const sample = static_cast<const T*>(source.data) + n * source.stride[0];
-    TapRow<T> rows[128];
-    int row_count = 0;
-    int number = 0;
-    const int kernel = static_cast<int>(axis[2].kernel);
-    for (int plane = 0; plane < plan.planes; ++plane)
-      for (int64_t kd = 0; kd < axis[0].kernel; ++kd)
-        for (int64_t kh = 0; kh < axis[1].kernel; ++kh, number += kernel) {
-          if (!axis[0].meets(d % axis[0].period, kd) || !axis[1].meets(h % axis[1].period, kh))
-            continue;
-          const int64_t at_d = axis[0].base(d) + axis[0].shift(d % axis[0].period, kd);
-          const int64_t at_h = axis[1].base(h) + axis[1].shift(h % axis[1].period, kh);
-          if (at_d >= 0 && at_d < axis[0].source && at_h >= 0 && at_h < axis[1].source)
-            rows[row_count++] = {sample + at_d * source.stride[2] + at_h * source.stride[3], number,
-                                 plane,
-                                 number < group_length<T> && number + kernel > group_length<T>};
-        }
-    T* const to = static_cast<T*>(written.data) + n * written.stride[0] + d * written.stride[2] +
-                  h * written.stride[3];
-    // The processor does not see rows coming that are read a few channels at a time: those that the
-    // next row of the result reads first are fetched ahead.
-    const T* const ahead =
-        sample + axis[0].base(d) * source.stride[2] +
-        (axis[1].base(h) + 1 +
-         most(axis[1].numerator(0), axis[1].numerator(axis[1].kernel - 1)) / axis[1].period) *
-            source.stride[3];
-    const auto tile = [&](auto constant, int64_t w) {
-      constexpr int pixels = constant.value;
-      const int64_t base = phases ? (w + axis[2].pad) / stride : axis[2].base(w);
-      bool edge = w < 0 || w + pixels > axis[2].written;
-      for (int j = 0; j < plan.runs[1]; ++j) {
-        const int64_t column = base + runs[j].column, spacing = plan.spacing;
-        const int columns = Columns::count(pixels, runs[j].length);
-        runs[j].offset = column * source.stride[4];
-        runs[j].first_there = 0, runs[j].end = columns;
-        if (column >= 0 && column + (columns - 1) * spacing < axis[2].source) continue;
-        edge = true;
-        const int64_t first_there = most(0, -floor_div(column, spacing));
-        const int64_t end = -floor_div(column - axis[2].source, spacing);
-        runs[j].first_there = static_cast<int>(least(first_there, columns));
-        runs[j].end = static_cast<int>(most(0, least(end, columns)));
-      }
-      const auto run = edge ? in_place_tile<T, stride, transposed, grouped, pixels, true>
-                            : in_place_tile<T, stride, transposed, grouped, pixels, false>;
-      run(plan, rows, row_count, runs, w, to, ahead + base * source.stride[4]);
-    };
-    // Stride phases: a tile begins where tap 0 meets a column.
-    int64_t w = phases ? -(axis[2].pad % stride) : 0;
-    const int64_t span = axis[2].written - w;
-    const bool sevens = !phases && (span + 6) / 7 * 7 < (span + 7) / 8 * 8;
-    while (w < axis[2].written) {
-      if (axis[2].written - w <= 4)
-        tile(std::integral_constant<int, 4>{}, w), w += 4;
-      else if (!sevens)
-        tile(std::integral_constant<int, 8>{}, w), w += 8;
-      else if constexpr (!phases)
-        tile(std::integral_constant<int, 7>{}, w), w += 7;
-    }
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t h = task % tasks * height, d = task / tasks % slices, n = task / tasks / slices;
+    const auto row = h + height <= all ? in_place_row<T, stride, transposed, grouped, height>
+                                       : in_place_row<T, stride, transposed, grouped, 1>;
+    row(plan, n, d, h, runs);
   }
 }
 
@@ -288,6 +372,7 @@ bool map_in_place(const ConvProblem& p) {
   plan.channels = transposed ? s.in_channels : s.out_channels;
   plan.planes = s.group_in();
   plan.numbers = plan.planes * s.taps();
+  plan.fetches_ahead = exceeds_caches<T>(p);
   for (int a = 0; a < 3; ++a) plan.axis[a] = MapAxis::of(s.axis[a], transposed);
   const Axis& along = s.axis[2];
   const int kernel = static_cast<int>(along.kernel);
@@ -314,7 +399,7 @@ bool map_in_place(const ConvProblem& p) {
   E* const bias = arena.take<E>(plan.channels);
   if (!pack_weights<T>(p, plan.channels, plan.planes, plan.planes, L, true, weights)) return false;
   for (int64_t c = 0; c < plan.channels; ++c)
-    bias[c] = p.bias ? widened(static_cast<const T*>(p.bias)[c]) : E(0);
+    bias[c] = p.bias ? widened(static_cast<const T*>(p.bias)[c]) + E(0) : E(0);
   plan.weights = weights;
   plan.bias = bias;
 
@@ -328,8 +413,9 @@ bool map_in_place(const ConvProblem& p) {
   if constexpr (joins_windows<Vec<E>>)
     if (grouped) rows = rows_of(std::true_type{});
   const auto work = [&](int64_t begin, int64_t end) { rows(plan, begin, end); };
-  const int64_t products = plan.axis[2].written * plan.channels * plan.numbers;
-  parallel_for(s.batch * plan.axis[0].written * plan.axis[1].written,
+  const int64_t height = grouped ? 1 : most_height<T>;
+  const int64_t products = height * plan.axis[2].written * plan.channels * plan.numbers;
+  parallel_for(s.batch * plan.axis[0].written * up(plan.axis[1].written, height),
                1 + worthwhile_products / (products + 1), environment_of<T>, work);
   return true;
 }
