@@ -183,8 +183,8 @@ void copy_patch(T* patch, const PatchLayout& layout, const S* image, int64_t ima
         if (transposed) {
           copy_transposed(to + w0, layout.channel, from, step, channels, w1 - w0);
         } else {
-          if (step == 1)  // the same row of the next channel
-            for (int64_t w = 0; w < w1 - w0; w += 64 / int64_t{sizeof(S)})
+          if (step == 1 || step == 2)  // the same row of the next channel
+            for (int64_t w = 0; w < (w1 - w0) * step; w += 64 / int64_t{sizeof(S)})
               prefetch(from + image_channel + w);
           copy_run(to + w0, from, step, w1 - w0);
         }
