@@ -666,8 +666,8 @@ class PixelProduct {
     each_wide_run<T, 1>(lanes, s.rows, s.tile.vecs, [&](auto, int64_t v, int64_t run, int vecs) {
       for (int64_t k = 0; k < run * vecs; ++k)
         turned_of<T>(lanes)(
-            filter, call_.channel_stride, w.row[v + k] + panel_->part->term->in_place, row_step_[2],
-            L * row_step_[2], groups_, call_.image_channels / groups_,
+            filter, call_.channel_stride, w.row[v + k] + panel_->part->term->in_place(),
+            row_step_[2], L * row_step_[2], groups_, call_.image_channels / groups_,
             s.total + ((v + k / vecs * vecs) * lanes + k % vecs) * L, vecs * L, false);
     });
   }

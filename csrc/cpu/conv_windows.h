@@ -577,7 +577,7 @@ class WindowProduct {
                             const T* panel, T* to, bool resume, const Workspace& w) const {
     const int64_t tiles = b.rows / Size::rows_of(tile.vecs);
     const int64_t rest = tiles * Size::rows_of(tile.vecs);
-    runs_of<T>(tile.vecs)(tiles, w.row[0] + w.term[t].in_place, c.layout.channel, K::group, panel,
+    runs_of<T>(tile.vecs)(tiles, w.row[0] + w.term[t].in_place(), c.layout.channel, K::group, panel,
                           to, resume);
     const int32_t length[max_chains] = {K::group};
     if (rest < b.rows)

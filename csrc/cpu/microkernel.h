@@ -40,9 +40,17 @@ struct TileSize {  // at most
   }
 };
 
-// Where a term is found: its offset from the pointers, and its number in the panel.
-struct Term {
-  int32_t in_place, packed;
+// Where a term is found: its offset from the pointers, and its number in the panel. One load gets
+// both: a tile of one vector a row does nothing but wait for loads.
+class Term {
+ public:
+  Term(int32_t in_place, int32_t packed)
+      : both_(static_cast<int64_t>(uint64_t(packed) << 32 | uint32_t(in_place))) {}
+  TNC_INLINE int64_t in_place() const { return static_cast<int32_t>(both_); }
+  TNC_INLINE int64_t packed() const { return both_ >> 32; }
+
+ private:
+  int64_t both_;
 };
 
 // Where closed totals go at once: bias added, made canonical, stored in the result. The vectors of
@@ -113,6 +121,7 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
   constexpr int L = V::lanes;
   constexpr int pointers = Wide ? Vecs : Rows;
   constexpr bool all_lines = Wide && (Rows <= 2 || Vecs <= 4);
+  constexpr int lines = all_lines ? Vecs : Wide || Vecs > 1;  // that a term asks for
   const int64_t* position = finish ? finish->position : nullptr;
   const int far = all_lines && length[0] > 64 ? 1 : 2;  // tiles
   for (; tiles > 0; --tiles, in_place += pointers, total += Rows * Vecs * L) {
@@ -139,13 +148,14 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
         for (int j = 0; j < Vecs; ++j)
           chain[c][i][j] = group == Group::same ? V::load(total + (i * Vecs + j) * L) : V::zero();
       for (int32_t n = length[c]; n > 0; --n) {
-        const int64_t o = term->in_place;
-        const T* const packed = panel + term++->packed * int64_t{Wide ? Rows : Vecs * L};
+        const Term now = *term++;
+        const int64_t o = now.in_place();
+        const T* const packed = panel + now.packed() * (Wide ? Rows : Vecs * L);
         if constexpr (Apart)
           prefetch_near(rows_ahead[n & 7] + o);
         else
 #pragma GCC unroll 8
-          for (int j = 0; j < (all_lines ? Vecs : 1); ++j) prefetch_near(ahead + o + j * L);
+          for (int j = 0; j < lines; ++j) prefetch_near(ahead + o + j * L);
         if constexpr (Wide && Rows < Vecs) {
           V row[Rows];
 #pragma GCC unroll 16
