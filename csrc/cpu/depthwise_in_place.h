@@ -84,7 +84,7 @@ struct InPlacePlan {
 };
 
 // Are the input and output more than the caches between a core and the memory are taken to hold?
-// If they are not, fetching lines ahead gains nothing, and costs as much as reading them again.
+// What they hold is read no sooner if it is asked for ahead, and asking costs as much as reading.
 template <class T>
 bool exceeds_caches(const ConvProblem& p) {
   const ConvShape& s = p.shape;
@@ -123,14 +123,6 @@ void in_place_tile(const InPlacePlan<T>& plan, const TapRow<T>* rows, int row_co
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t channel = least(b * L, plan.channels - L);
     const Total<T>* const weights = plan.weights + b * plan.numbers * L;
-    if (plan.fetches_ahead) {
-      for (int64_t r = 0; r < new_rows; ++r)
-        for (int64_t i = 0; i < new_elements; i += line)
-          prefetch(ahead + r * plan.source.stride[3] + b * new_elements + i);
-      for (int64_t r = height; r < 2 * height; ++r)
-        for (int64_t i = 0; i < pixels * L; i += line)
-          prefetch(to + r * out_row + b * pixels * L + i);
-    }
     // Two chains have groups that are added to a total; the one chain is all of its terms.
     V acc[height][pixels][chains], total[height][pixels];
     const auto each = [&](const auto& what) __attribute__((always_inline)) {
@@ -151,6 +143,14 @@ void in_place_tile(const InPlacePlan<T>& plan, const TapRow<T>* rows, int row_co
     each([&](int r, int i) __attribute__((always_inline)) { total[r][i] = V::zero(); });
     int group = 0, even = 0;  // `even`: the parity of the terms whose chain is the first
     for (const TapRow<T>* row = rows; row < rows + row_count; ++row) {
+      // Row by row: more at once, and what is read now would have to wait.
+      const int64_t r = row - rows;
+      if (plan.fetches_ahead && r < new_rows)
+        for (int64_t i = 0; i < new_elements; i += line)
+          prefetch(ahead + r * plan.source.stride[3] + b * new_elements + i);
+      if (plan.fetches_ahead && r < height)
+        for (int64_t i = 0; i < pixels * L; i += line)
+          prefetch(to + (height + r) * out_row + b * pixels * L + i);
       const bool ends = chains == 2 && row->ends_group;
       for (int j = ends ? plan.runs[0] : 0; j < plan.runs[ends]; ++j) {
         const TapRun& run = runs[j];
