@@ -40,9 +40,11 @@ TNC_INLINE void add_taps(V (&acc)[height][pixels][chains], const T* source, int6
   constexpr int columns = Columns::count(pixels, length);
   V w[height][length];
 #pragma GCC unroll 2
-  for (int r = top; r < bottom; ++r)
+  for (int r = top; r < bottom; ++r) {
+    const Total<T>* const own = weights + int64_t{number[r]} * V::lanes;
 #pragma GCC unroll 8
-    for (int k = 0; k < length; ++k) w[r][k] = V::load(weights + (number[r] + k) * V::lanes);
+    for (int k = 0; k < length; ++k) w[r][k] = V::load(own + k * V::lanes);
+  }
   if (transposed) source += (columns - 1) * pitch, pitch = -pitch;
 #pragma GCC unroll 24
   for (int n = 0; n < columns; ++n, source += pitch) {
@@ -92,9 +94,9 @@ bool exceeds_caches(const ConvProblem& p) {
   return s.batch * elements * static_cast<int64_t>(sizeof(T)) > 16 << 20;
 }
 
-// So many rows of a tile have their chains in registers.
-template <class T>
-constexpr int most_height = Vec<Total<T>>::registers == 32 && chains_of<T> == 1 ? 2 : 1;
+// The rows of a tile: as many as have their chains in registers, of groups one (two gain little).
+template <class T, bool grouped = false>
+constexpr int most_height = Vec<Total<T>>::registers == 32 && chains_of<T> == 1 && !grouped ? 2 : 1;
 
 // A row of the tensor that a tile reads.
 template <class T>
@@ -115,6 +117,7 @@ void in_place_tile(const InPlacePlan<T>& plan, const TapRow<T>* rows, int row_co
   const int64_t pitch = plan.spacing * plan.source.stride[4];
   const int64_t new_rows = most(1, height * least(plan.axis[1].step, 2) / plan.axis[1].period);
   const int64_t new_elements = pixels * least(plan.axis[2].step, 2) / plan.axis[2].period * L;
+  const int64_t asking = plan.fetches_ahead ? most(new_rows, height) : 0;  // rows
   const int64_t out_pixel = plan.written.stride[4], out_row = plan.written.stride[3];
   const int64_t blocks = up(plan.channels, L);
   const int first = edge && w < 0 ? static_cast<int>(-w) : 0;
@@ -144,13 +147,12 @@ void in_place_tile(const InPlacePlan<T>& plan, const TapRow<T>* rows, int row_co
     int group = 0, even = 0;  // `even`: the parity of the terms whose chain is the first
     for (const TapRow<T>* row = rows; row < rows + row_count; ++row) {
       // Row by row: more at once, and what is read now would have to wait.
-      const int64_t r = row - rows;
-      if (plan.fetches_ahead && r < new_rows)
-        for (int64_t i = 0; i < new_elements; i += line)
+      if (const int64_t r = row - rows; r < asking) {
+        for (int64_t i = 0; r < new_rows && i < new_elements; i += line)
           prefetch(ahead + r * plan.source.stride[3] + b * new_elements + i);
-      if (plan.fetches_ahead && r < height)
-        for (int64_t i = 0; i < pixels * L; i += line)
+        for (int64_t i = 0; r < height && i < pixels * L; i += line)
           prefetch(to + (height + r) * out_row + b * pixels * L + i);
+      }
       const bool ends = chains == 2 && row->ends_group;
       for (int j = ends ? plan.runs[0] : 0; j < plan.runs[ends]; ++j) {
         const TapRun& run = runs[j];
@@ -309,7 +311,7 @@ void in_place_row(const InPlacePlan<T>& plan, int64_t n, int64_t d, int64_t h, T
 // Tasks [begin, end): most_height rows of the result, or the last row.
 template <class T, int stride, bool transposed, bool grouped>
 void in_place_rows(const InPlacePlan<T>& plan, int64_t begin, int64_t end) {
-  constexpr int height = grouped ? 1 : most_height<T>;
+  constexpr int height = most_height<T, grouped>;
   const int64_t slices = plan.axis[0].written, all = plan.axis[1].written;
   const int64_t tasks = up(all, height);  // of a slice
   TapRun runs[256];
@@ -413,7 +415,7 @@ bool map_in_place(const ConvProblem& p) {
   if constexpr (joins_windows<Vec<E>>)
     if (grouped) rows = rows_of(std::true_type{});
   const auto work = [&](int64_t begin, int64_t end) { rows(plan, begin, end); };
-  const int64_t height = grouped ? 1 : most_height<T>;
+  const int64_t height = grouped ? most_height<T, true> : most_height<T>;
   const int64_t products = height * plan.axis[2].written * plan.channels * plan.numbers;
   parallel_for(s.batch * plan.axis[0].written * up(plan.axis[1].written, height),
                1 + worthwhile_products / (products + 1), environment_of<T>, work);
