@@ -15,25 +15,26 @@ bool store_vectors(const T* total, int64_t vectors, int widest, const Target<S, 
   constexpr int L = V::lanes;
   Results<V> results;
   const int lanes = target.lanes;
-  each_wide_run<T, Chains>(lanes, vectors, widest, [&](auto, int64_t v, int64_t tiles, int vecs) {
-    for (; tiles > 0; --tiles, v += vecs)
-      for (int i = 0; i < lanes; ++i) {
-        const V b = V::broadcast(target.bias[i]);
-        for (int j = 0; j < vecs; ++j) {
-          const V result = results.of(V::load(total + (v * lanes + i * vecs + j) * L) + b);
-          S* const to = target.data + i * target.to_lane + target.position[v + j];
-          if (to_pixel == 1 && pixels == L) {
-            result.store(to);
-          } else if (to_pixel == 1) {
-            result.store(to, pixels);
-          } else {
-            S values[L];
-            result.store(values);
-            for (int l = 0; l < pixels; ++l) to[l * to_pixel] = values[l];
+  each_wide_run<T, S, Chains>(
+      lanes, vectors, widest, [&](auto, int64_t v, int64_t tiles, int vecs) {
+        for (; tiles > 0; --tiles, v += vecs)
+          for (int i = 0; i < lanes; ++i) {
+            const V b = V::broadcast(target.bias[i]);
+            for (int j = 0; j < vecs; ++j) {
+              const V result = results.of(V::load(total + (v * lanes + i * vecs + j) * L) + b);
+              S* const to = target.data + i * target.to_lane + target.position[v + j];
+              if (to_pixel == 1 && pixels == L) {
+                result.store(to);
+              } else if (to_pixel == 1) {
+                result.store(to, pixels);
+              } else {
+                S values[L];
+                result.store(values);
+                for (int l = 0; l < pixels; ++l) to[l * to_pixel] = values[l];
+              }
+            }
           }
-        }
-      }
-  });
+      });
   return results.any_special();
 }
 
@@ -52,22 +53,24 @@ bool store_interleaved(const T* total, int64_t apart, int64_t vectors, int wides
   constexpr int L = V::lanes;
   Results<V> results;
   const int lanes = target.lanes;
-  each_wide_run<T, Chains>(lanes, vectors, widest, [&](auto, int64_t v, int64_t tiles, int vecs) {
-    for (; tiles > 0; --tiles, v += vecs)
-      for (int j = 0; j < vecs; ++j) {
-        const bool is_last = (v + j + 1) % row.per_row == 0;
-        const int64_t elements = is_last ? row.last_elements : Phases * L;
-        for (int i = 0; i < lanes; ++i) {
-          const T* const from = total + (v * lanes + i * vecs + j) * L;
-          const V b = V::broadcast(target.bias[i]);
-          V result[Phases];
-          for (int k = 0; k < Phases; ++k) result[k] = results.of(V::load(from + k * apart) + b);
-          interleave<Phases>(result);
-          store_run<Phases>(result, elements,
-                            target.data + i * target.to_lane + target.position[v + j]);
-        }
-      }
-  });
+  each_wide_run<T, S, Chains>(
+      lanes, vectors, widest, [&](auto, int64_t v, int64_t tiles, int vecs) {
+        for (; tiles > 0; --tiles, v += vecs)
+          for (int j = 0; j < vecs; ++j) {
+            const bool is_last = (v + j + 1) % row.per_row == 0;
+            const int64_t elements = is_last ? row.last_elements : Phases * L;
+            for (int i = 0; i < lanes; ++i) {
+              const T* const from = total + (v * lanes + i * vecs + j) * L;
+              const V b = V::broadcast(target.bias[i]);
+              V result[Phases];
+              for (int k = 0; k < Phases; ++k)
+                result[k] = results.of(V::load(from + k * apart) + b);
+              interleave<Phases>(result);
+              store_run<Phases>(result, elements,
+                                target.data + i * target.to_lane + target.position[v + j]);
+            }
+          }
+      });
   return results.any_special();
 }
 
@@ -599,14 +602,14 @@ class PixelProduct {
         multiply_turned_rows(w, s);
         return store(place, w, s);
       }
-      // Vectors that lie side by side in the result are stored out of the registers.
-      if (in_turns_ == 1 && (wide_ ? s.to_pixel == 1 : call_.target_stride[1] == 1)) {
-        const int elements = wide_ ? static_cast<int>(least(s.width, L)) : s.tile.lanes;
-        const Finish<T> finish{
-            s.to,      w.position + s.i * box_rows_, call_.target_stride[1], w.bias, elements,
-            &w.special};
-        return multiply_panel(w, s, s.i, &finish);
-      }
+    }
+    // Vectors that lie side by side in the result are stored out of the registers.
+    const bool stores_lanes = !widens && call_.target_stride[1] == 1;
+    if (in_turns_ == 1 && (wide_ ? s.to_pixel == 1 : stores_lanes)) {
+      const int elements = wide_ ? static_cast<int>(least(s.width, L)) : s.tile.lanes;
+      const Finish<T, S> finish{
+          s.to, w.position + s.i * box_rows_, call_.target_stride[1], w.bias, elements, &w.special};
+      return multiply_panel(w, s, s.i, &finish);
     }
     for (int k = s.i; k < s.i + at_once(); ++k) multiply_panel(w, s, k, nullptr);
     if (s.g1 == groups_) store(place, w, s);
@@ -614,7 +617,7 @@ class PixelProduct {
 
   // The groups of panel k on top of the totals of the earlier ones. `finish` takes the totals of a
   // part's last group.
-  void multiply_panel(const Workspace& w, const Step& s, int k, const Finish<T>* finish) const {
+  void multiply_panel(const Workspace& w, const Step& s, int k, const Finish<T, S>* finish) const {
     const PanelTerms& all = panel_[k];
     const int width = wide_ ? s.tile.lanes : s.tile.vecs * L;
     for (int64_t g = s.g0; g < s.g1; ++g) {
@@ -624,10 +627,10 @@ class PixelProduct {
       const T* const* row = w.row + k * box_rows_;
       const int64_t* const rows = w.rows_of + k * parts_;
       T* total = s.total + (k - s.i) * totals_of_panel();
-      Finish<T> here = finish ? *finish : Finish<T>{};
+      Finish<T, S> here = finish ? *finish : Finish<T, S>{};
       for (int64_t i = 0; i < all.parts; ++i) {
         const Part& part = all.part[i];
-        const Finish<T>* const closes = finish && g == part.last_group ? &here : nullptr;
+        const Finish<T, S>* const closes = finish && g == part.last_group ? &here : nullptr;
         if (rows[i] > 0 && (g == 0 || part.start[g] < part.start[g + 1]))
           multiply_part(s.tile, part, g, row, rows[i], panel, total, closes);
         here.position += rows[i];
@@ -648,12 +651,14 @@ class PixelProduct {
   }
 
   void multiply_part(const LaneTile& tile, const Part& part, int64_t g, const T* const* row,
-                     int64_t rows, const T* panel, T* total, const Finish<T>* finish) const {
+                     int64_t rows, const T* panel, T* total, const Finish<T, S>* finish) const {
     const Term* const terms = part.term + part.start[g];
     const int32_t* const length = part.length + g * K::chains;
     if (wide_)
-      multiply_vectors<T, K::chains>(row, rows, terms, length, panel, tile.lanes, total, g > 0,
-                                     tile.vecs, run_terms_, finish);
+      multiply_vectors<T, S, K::chains>(row, rows, terms, length, panel, tile.lanes, total, g > 0,
+                                        tile.vecs, run_terms_, finish);
+    else if constexpr (widens)
+      multiply_rows<T, K::chains>(row, rows, terms, length, panel, tile.vecs, total, g > 0);
     else
       multiply_rows<T, K::chains>(row, rows, terms, length, panel, tile.vecs, total, g > 0, apart_,
                                   finish);
@@ -663,9 +668,9 @@ class PixelProduct {
     const int lanes = s.tile.lanes;
     const T* filter[rows_turned];
     for (int l = 0; l < lanes; ++l) filter[l] = s.weight + l * call_.lane_stride;
-    each_wide_run<T, 1>(lanes, s.rows, s.tile.vecs, [&](auto, int64_t v, int64_t run, int vecs) {
+    each_wide_run<T, S, 1>(lanes, s.rows, s.tile.vecs, [&](auto, int64_t v, int64_t run, int vecs) {
       for (int64_t k = 0; k < run * vecs; ++k)
-        turned_of<T>(lanes)(
+        turned_of<T, T, 1>(lanes)(
             filter, call_.channel_stride, w.row[v + k] + panel_->part->term->in_place(),
             row_step_[2], L * row_step_[2], groups_, call_.image_channels / groups_,
             s.total + ((v + k / vecs * vecs) * lanes + k % vecs) * L, vecs * L, false);

@@ -178,15 +178,16 @@ class WindowProduct {
     }
     patched_ = patched_ || (!skip_padding_ && image_reach > INT32_MAX);
     fits_ = grad_reach <= INT32_MAX && (patched_ || image_reach <= INT32_MAX);
-    alike_ = !patched_ && !skip_padding_ && s_.axis[0].out * s_.axis[1].out == 1;
+    alike_ = !skip_padding_ && s_.axis[0].out * s_.axis[1].out == 1;
     const int64_t* const grad = p_.output.stride;
     panels_in_place_ =
         !widens && grad[1] == 1 && grad[4] == lane_vecs_ * L && s_.group_out() == grad[4] &&
         lane_vecs_ <= most_vecs<T, K::chains>() &&
         (s_.axis[1].out == 1 || grad[3] == s_.axis[2].out * grad[4]) &&
         (s_.axis[0].out == 1 || grad[2] == s_.axis[1].out * s_.axis[2].out * grad[4]);
-    rows_side_by_side_ = alike_ && taps_ == 1 && p_.input.stride[1] == 1;
-    side_by_side_ = alike_ && taps_ == 1 && s_.axis[2].stride * p_.input.stride[4] == 1;
+    const bool in_place = alike_ && !patched_ && taps_ == 1;
+    rows_side_by_side_ = in_place && p_.input.stride[1] == 1;
+    side_by_side_ = in_place && s_.axis[2].stride * p_.input.stride[4] == 1;
   }
 
   // The gradient into blocks of input channels x lanes that fit the caches and feed all threads. A
@@ -421,6 +422,10 @@ class WindowProduct {
   // The groups whose windows fit into the patch, or in place into the cache, where all tiles of
   // lanes find them.
   Chunk chunk_from(int64_t first) const {
+    const int64_t all = least(pixels_, first + table_size());
+    const Bands whole(s_, first, all, INT64_MAX);
+    if ((patched_ ? whole.elements() : all - first) <= patch_limit_)
+      return {first, all, whole, alike_ ? first : 0, PatchLayout{}};
     int64_t last = least(pixels_, first + K::group);
     Bands bands(s_, first, last, patch_limit_);
     while (last < pixels_ && last - first < table_size()) {
@@ -436,7 +441,7 @@ class WindowProduct {
   // The rows, one tap of one channel each: in the image, or in the patch, which is filled.
   void find_rows(const Block& b, Chunk& c, int64_t n, Workspace& w) const {
     const int64_t* const stride = p_.input.stride;
-    const S* const sample = b.image + n * stride[0] + c.origin * s_.axis[2].stride * stride[4];
+    const S* sample = b.image + n * stride[0];
     if (patched_) {
       c.layout = by_pixel_ ? PatchLayout::by_pixel(b.channels, c.bands.size)
                            : PatchLayout::of(b.channels, c.bands.size);
@@ -453,6 +458,7 @@ class WindowProduct {
                    image_size, box, {1, 1, 1}, b.channels);
       }
     } else {
+      sample += c.origin * s_.axis[2].stride * stride[4];
       c.layout.channel = stride[1];
       for (int a = 0; a < 3; ++a) c.layout.axis[a] = stride[a + 2];
     }
@@ -496,10 +502,8 @@ class WindowProduct {
     const S* const lanes = b.grad + n * stride[0] + tile.first * stride[1] + c.origin * stride[4];
     const bool begun = p_.total != nullptr || n > 0 || c.first > 0;
     int64_t t = 0;
-    if constexpr (!widens)
-      if (b.rows <= rows_turned && lists_ == 1 && tile.lanes == tile.vecs * L && stride[4] == 1 &&
-          alike_)
-        t = multiply_turned_groups(b, c, tile, lanes, total, begun, w);
+    if (b.rows <= rows_turned && tile.lanes == tile.vecs * L && stride[4] == 1 && alike_)
+      t = multiply_turned_groups(b, c, tile, lanes, total, begun, w);
     for (; t < c.last - c.first; t += K::group) {
       const int64_t left = c.last - c.first - t, terms = least(left, K::group);
       const bool resume = !b.keeps && (begun || t > 0);
@@ -547,11 +551,12 @@ class WindowProduct {
 
   // Long runs of few channels, vector by vector of lanes. Says how many terms that were.
   int64_t multiply_turned_groups(const Block& b, const Chunk& c, const LaneTile& tile,
-                                 const T* lanes, T* total, bool resume, const Workspace& w) const {
+                                 const S* lanes, T* total, bool resume, const Workspace& w) const {
     const int64_t groups = (c.last - c.first) / K::group, pitch = p_.output.stride[1];
     for (int j = 0; j < tile.vecs; ++j)
-      turned_of<T>(b.rows)(w.row, s_.axis[2].stride * p_.input.stride[4], lanes + j * L * pitch,
-                           pitch, 3 * L, groups, K::group, total + j * L, tile.vecs * L, resume);
+      turned_of<T, S, K::chains>(b.rows)(w.row, s_.axis[2].stride * c.layout.axis[2],
+                                         lanes + j * L * pitch, pitch, 3 * L, groups, K::group,
+                                         total + j * L, tile.vecs * L, resume);
     return groups * K::group;
   }
 

@@ -54,10 +54,11 @@ class Term {
 };
 
 // Where closed totals go at once: bias added, made canonical, stored in the result. The vectors of
-// a tile must lie side by side there: its lanes, or the pixels of a wide tile.
-template <class T>
+// a tile must lie side by side there: its lanes, or the pixels of a wide tile. D is the result's
+// type.
+template <class T, class D = T>
 struct Finish {
-  T* target = nullptr;
+  D* target = nullptr;
   const int64_t* position = nullptr;  // of each pointer
   int64_t row_step = 0;               // of a wide tile's rows
   const T* bias = nullptr;            // of each lane, or of each row of a wide tile; never -0
@@ -108,15 +109,51 @@ TNC_INLINE void close_group(const V (&chain)[Rows][Vecs], T* total, bool resume)
       closed(total, chain[i][j], resume).store(total);
 }
 
+// Stores the sums of a tile, Whole or the elements that exist; `position` is that of its first
+// pointer.
+template <class T, class D, int Rows, int Vecs, bool Wide, bool Whole, class SumOf>
+TNC_INLINE void store_tile(const int64_t* position, const Finish<T, D>& finish,
+                           const SumOf& sum_of) {
+  constexpr int L = Vec<T>::lanes;
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < Vecs; ++j) {
+      D* const to =
+          finish.target + (Wide ? position[j] + i * finish.row_step : position[i] + j * L);
+      const int elements = finish.elements - (Wide ? 0 : j * L);
+      if (Whole || elements >= L)
+        sum_of(i, j).store(to);
+      else
+        sum_of(i, j).store(to, elements);
+    }
+}
+
+// The sums of a tile among which is an infinity or a NaN, found in memory: rare, so they take no
+// registers from the loops.
+template <class T, class D>
+__attribute__((noinline, cold)) void store_special(const T* sum, int rows, int vecs, bool wide,
+                                                   const int64_t* position,
+                                                   const Finish<T, D>& finish) {
+  using V = Vec<T>;
+  *finish.special = true;
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < vecs; ++j, sum += V::lanes) {
+      const int64_t to = wide ? position[j] + i * finish.row_step : position[i] + j * V::lanes;
+      const int elements = finish.elements - (wide ? 0 : j * V::lanes);
+      canonical(V::load(sum)).store(finish.target + to, elements < V::lanes ? elements : V::lanes);
+    }
+}
+
 // `tiles` of them, one below the other: their pointers follow in `in_place`, their rows in `total`,
 // Rows x Vecs vectors a tile, unless `finish` takes them.
 // `length[c]` terms of chain c, chain after chain. `last` is the last pointer of the whole work:
 // what lies ahead is asked for early; of rows that are Apart, each in lines of its own, each term
 // asks for another one.
-template <class T, int Chains, int Rows, int Vecs, bool Wide, bool Apart = false>
+template <class T, class D, int Chains, int Rows, int Vecs, bool Wide, bool Apart = false>
 void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
                     const int32_t* length, const T* panel, T* total, Group group,
-                    const T* const* last, const Finish<T>* finish) {
+                    const T* const* last, const Finish<T, D>* finish) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
   constexpr int pointers = Wide ? Vecs : Rows;
@@ -146,7 +183,8 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
       for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 8
         for (int j = 0; j < Vecs; ++j)
-          chain[c][i][j] = group == Group::same ? V::load(total + (i * Vecs + j) * L) : V::zero();
+          chain[c][i][j] =
+              Chains == 1 && group == Group::same ? V::load(total + (i * Vecs + j) * L) : V::zero();
       for (int32_t n = length[c]; n > 0; --n) {
         const Term now = *term++;
         const int64_t o = now.in_place();
@@ -192,51 +230,40 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
       for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 8
         for (int j = 0; j < Vecs; ++j) total_of(i, j).store(total + (i * Vecs + j) * L);
-    } else {
-      V special[Vecs];  // NaN where an infinity or a NaN was among the sums
+      continue;
+    }
+    V special[Vecs];  // NaN where an infinity or a NaN is among the sums
 #pragma GCC unroll 8
-      for (int j = 0; j < Vecs; ++j) special[j] = V::zero();
+    for (int j = 0; j < Vecs; ++j) special[j] = V::zero();
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < Vecs; ++j) {
+        const V bias = Wide ? V::broadcast(finish->bias[i]) : V::load(finish->bias + j * L);
+        chain[0][i][j] = total_of(i, j) + bias;
+        special[j] = fma(chain[0][i][j], V::zero(), special[j]);
+      }
+#pragma GCC unroll 8
+    for (int j = 1; j < Vecs; ++j) special[0] = special[0] + special[j];
+    const auto sum_of = [&](int i, int j) __attribute__((always_inline)) { return chain[0][i][j]; };
+    if (V::any(is_nan(special[0]))) {
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 8
-        for (int j = 0; j < Vecs; ++j) {
-          const V bias = Wide ? V::broadcast(finish->bias[i]) : V::load(finish->bias + j * L);
-          chain[0][i][j] = total_of(i, j) + bias;
-          special[j] = fma(chain[0][i][j], V::zero(), special[j]);
-        }
-#pragma GCC unroll 8
-      for (int j = 1; j < Vecs; ++j) special[0] = special[0] + special[j];
-      const auto target = [&](int i, int j) __attribute__((always_inline)) {
-        return finish->target + (Wide ? position[j] + i * finish->row_step : position[i] + j * L);
-      };
-      const bool any_special = V::any(is_nan(special[0]));
-      if (!any_special && finish->elements >= (Wide ? L : Vecs * L)) {
-#pragma GCC unroll 16
-        for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 8
-          for (int j = 0; j < Vecs; ++j) chain[0][i][j].store(target(i, j));
-      } else {
-        if (any_special) *finish->special = true;
-#pragma GCC unroll 16
-        for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 8
-          for (int j = 0; j < Vecs; ++j) {
-            const V sum = canonical(chain[0][i][j]);
-            const int elements = finish->elements - (Wide ? 0 : j * L);
-            if (elements >= L)
-              sum.store(target(i, j));
-            else
-              sum.store(target(i, j), elements);
-          }
-      }
-      position += pointers;
+        for (int j = 0; j < Vecs; ++j) chain[0][i][j].store(total + (i * Vecs + j) * L);
+      store_special(total, Rows, Vecs, Wide, position, *finish);
+    } else if (finish->elements >= (Wide ? L : Vecs * L)) {
+      store_tile<T, D, Rows, Vecs, Wide, true>(position, *finish, sum_of);
+    } else {
+      store_tile<T, D, Rows, Vecs, Wide, false>(position, *finish, sum_of);
     }
+    position += pointers;
   }
 }
 
-template <class T>
+template <class T, class D = T>
 using Tiles = void (*)(int64_t, const T* const*, const Term*, const int32_t*, const T*, T*, Group,
-                       const T* const*, const Finish<T>*);
+                       const T* const*, const Finish<T, D>*);
 
 // The tile of `rows` x `vecs`, 1 <= rows <= TileSize::rows_of(vecs), 1 <= vecs <= TileSize::vecs.
 // Only of whole tiles it matters whether their rows lie apart.
@@ -251,27 +278,27 @@ TNC_INLINE Tiles<T> tile_of(int rows, int vecs, bool apart) {
     if (rows < Rows) return tile_of<T, Chains, Vecs, Rows - 1>(rows, vecs, apart);
   }
   if constexpr (Chains == 1 && Rows == Size::rows_of(Vecs)) {
-    if (apart) return multiply_tiles<T, Chains, Rows, Vecs, false, true>;
+    if (apart) return multiply_tiles<T, T, Chains, Rows, Vecs, false, true>;
   }
-  return multiply_tiles<T, Chains, Rows, Vecs, false>;
+  return multiply_tiles<T, T, Chains, Rows, Vecs, false>;
 }
 
 // The widest tile of `rows` rows that has at most `limit` vectors; `vecs` becomes its width, which
 // is the largest, halved some times.
-template <class T, int Chains, int Rows, int Vecs>
-TNC_INLINE Tiles<T> wide_tile_within(int64_t limit, int& vecs) {
+template <class T, class D, int Chains, int Rows, int Vecs>
+TNC_INLINE Tiles<T, D> wide_tile_within(int64_t limit, int& vecs) {
   if constexpr (Vecs > 1) {
-    if (limit < Vecs) return wide_tile_within<T, Chains, Rows, Vecs / 2>(limit, vecs);
+    if (limit < Vecs) return wide_tile_within<T, D, Chains, Rows, Vecs / 2>(limit, vecs);
   }
   vecs = Vecs;
-  return multiply_tiles<T, Chains, Rows, Vecs, true>;
+  return multiply_tiles<T, D, Chains, Rows, Vecs, true>;
 }
-template <class T, int Chains, int Rows = TileSize<T, Chains>::wide_rows>
-TNC_INLINE Tiles<T> wide_tile_of(int rows, int64_t limit, int& vecs) {
+template <class T, class D, int Chains, int Rows = TileSize<T, Chains>::wide_rows>
+TNC_INLINE Tiles<T, D> wide_tile_of(int rows, int64_t limit, int& vecs) {
   if constexpr (Rows > 1) {
-    if (rows < Rows) return wide_tile_of<T, Chains, Rows - 1>(rows, limit, vecs);
+    if (rows < Rows) return wide_tile_of<T, D, Chains, Rows - 1>(rows, limit, vecs);
   }
-  return wide_tile_within<T, Chains, Rows, TileSize<T, Chains>::wide_vecs(Rows)>(limit, vecs);
+  return wide_tile_within<T, D, Chains, Rows, TileSize<T, Chains>::wide_vecs(Rows)>(limit, vecs);
 }
 
 // The tiles of `vecs` vectors that cover `rows` rows: use(number of tiles, their rows) for each run
@@ -308,12 +335,12 @@ void multiply_rows(const T* const* row, int64_t rows, const Term* terms, const i
 
 // The wide tiles of `rows` rows, at most `widest` vectors side by side, that cover `vectors` of
 // them: use(tile, first vector, number of tiles, their width) for each run of equal ones.
-template <class T, int Chains, class Use>
+template <class T, class D, int Chains, class Use>
 TNC_INLINE void each_wide_run(int rows, int64_t vectors, int widest, const Use& use) {
   int vecs = 0;
   for (int64_t v = 0; v < vectors;) {
     const int64_t limit = vectors - v < widest ? vectors - v : widest;
-    const Tiles<T> tile = wide_tile_of<T, Chains>(rows, limit, vecs);
+    const Tiles<T, D> tile = wide_tile_of<T, D, Chains>(rows, limit, vecs);
     const int64_t tiles = (vectors - v) / vecs;
     use(tile, v, tiles, vecs);
     v += tiles * vecs;
@@ -323,23 +350,24 @@ TNC_INLINE void each_wide_run(int rows, int64_t vectors, int widest, const Use& 
 // total += the group, for `vectors` vectors with a pointer each, in wide tiles; the tile that
 // begins at vector v has its totals, rows x width, at v * rows vectors. `at_once` terms at a time,
 // whose memory is read in so many runs; a group of more must be the only one.
-template <class T, int Chains>
+template <class T, class D, int Chains>
 void multiply_vectors(const T* const* vector, int64_t vectors, const Term* terms,
                       const int32_t* length, const T* panel, int rows, T* total, bool resume,
-                      int widest, int64_t at_once, const Finish<T>* finish) {
+                      int widest, int64_t at_once, const Finish<T, D>* finish) {
   Group group = resume ? Group::next : Group::first;
   int64_t left = length[0];
   do {
     const int32_t some[max_chains] = {static_cast<int32_t>(least(left, at_once)),
                                       Chains == 2 ? length[1] : 0};
     left -= some[0];
-    const Finish<T>* const closes = left == 0 ? finish : nullptr;
-    each_wide_run<T, Chains>(rows, vectors, widest, [&](auto tile, int64_t v, int64_t tiles, int) {
-      Finish<T> rest = closes ? *closes : Finish<T>{};
-      if (closes) rest.position += v;
-      tile(tiles, vector + v, terms, some, panel, total + v * rows * Vec<T>::lanes, group,
-           vector + vectors - 1, closes ? &rest : nullptr);
-    });
+    const Finish<T, D>* const closes = left == 0 ? finish : nullptr;
+    each_wide_run<T, D, Chains>(
+        rows, vectors, widest, [&](auto tile, int64_t v, int64_t tiles, int) {
+          Finish<T, D> rest = closes ? *closes : Finish<T, D>{};
+          if (closes) rest.position += v;
+          tile(tiles, vector + v, terms, some, panel, total + v * rows * Vec<T>::lanes, group,
+               vector + vectors - 1, closes ? &rest : nullptr);
+        });
     terms += some[0];
     group = Group::same;
   } while (left > 0);
@@ -349,8 +377,8 @@ void multiply_vectors(const T* const* vector, int64_t vectors, const Term* terms
 // panel would serve them badly: blocks of lanes are turned in registers instead. Term t is
 // row[r][t * row_step] and lane[i * lane_stride + t]; whole vectors of terms. The totals of a row
 // are `pitch` behind those of the row before. What lies `ahead` of a lane is asked for early.
-template <class T, int Rows>
-void multiply_turned(const T* const* row, int64_t row_step, const T* lane, int64_t lane_stride,
+template <class T, class S, int Chains, int Rows>
+void multiply_turned(const T* const* row, int64_t row_step, const S* lane, int64_t lane_stride,
                      int64_t ahead, int64_t groups, int64_t terms, T* total, int64_t pitch,
                      bool resume) {
   using V = Vec<T>;
@@ -359,9 +387,8 @@ void multiply_turned(const T* const* row, int64_t row_step, const T* lane, int64
 #pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r) at[r] = row[r];
   for (int64_t g = 0; g < groups; ++g, resume = true) {
-    V chain[Rows];
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) chain[r] = V::zero();
+    V chain[Rows][Chains];
+    zero_chains(chain);
     for (int64_t t = 0; t < terms; t += L, lane += L) {
       V block[L];
 #pragma GCC unroll 16
@@ -374,23 +401,29 @@ void multiply_turned(const T* const* row, int64_t row_step, const T* lane, int64
       for (int i = 0; i < L; ++i)
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; ++r) {
-          chain[r] = fma(V::broadcast(*at[r]), block[i], chain[r]);
+          V& sum = chain[r][i % Chains];
+          sum = fma(V::broadcast(*at[r]), block[i], sum);
           at[r] += row_step;
         }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r)
-      (resume ? V::load(total + r * pitch) + chain[r] : chain[r]).store(total + r * pitch);
+    for (int r = 0; r < Rows; ++r) {
+      T* const to = total + r * pitch;
+      if constexpr (Chains == 2)
+        ((resume ? V::load(to) : V::zero()) + (chain[r][0] + chain[r][1])).store(to);
+      else
+        closed(to, chain[r][0], resume).store(to);
+    }
   }
 }
 
 constexpr int rows_turned = 4;  // at most
-template <class T>
+template <class T, class S, int Chains>
 TNC_INLINE auto turned_of(int64_t rows) {
-  return rows == 1   ? multiply_turned<T, 1>
-         : rows == 2 ? multiply_turned<T, 2>
-         : rows == 3 ? multiply_turned<T, 3>
-                     : multiply_turned<T, 4>;
+  return rows == 1   ? multiply_turned<T, S, Chains, 1>
+         : rows == 2 ? multiply_turned<T, S, Chains, 2>
+         : rows == 3 ? multiply_turned<T, S, Chains, 3>
+                     : multiply_turned<T, S, Chains, 4>;
 }
 
 // multiply_tiles for rows of `terms` terms side by side in memory (a multiple of 8), the rows
