@@ -15,26 +15,25 @@ bool store_vectors(const T* total, int64_t vectors, int widest, const Target<S, 
   constexpr int L = V::lanes;
   Results<V> results;
   const int lanes = target.lanes;
-  each_wide_run<T, S, Chains>(
-      lanes, vectors, widest, [&](auto, int64_t v, int64_t tiles, int vecs) {
-        for (; tiles > 0; --tiles, v += vecs)
-          for (int i = 0; i < lanes; ++i) {
-            const V b = V::broadcast(target.bias[i]);
-            for (int j = 0; j < vecs; ++j) {
-              const V result = results.of(V::load(total + (v * lanes + i * vecs + j) * L) + b);
-              S* const to = target.data + i * target.to_lane + target.position[v + j];
-              if (to_pixel == 1 && pixels == L) {
-                result.store(to);
-              } else if (to_pixel == 1) {
-                result.store(to, pixels);
-              } else {
-                S values[L];
-                result.store(values);
-                for (int l = 0; l < pixels; ++l) to[l * to_pixel] = values[l];
-              }
-            }
+  each_wide_run<T, Chains>(lanes, vectors, widest, [&](int64_t v, int64_t tiles, int vecs) {
+    for (; tiles > 0; --tiles, v += vecs)
+      for (int i = 0; i < lanes; ++i) {
+        const V b = V::broadcast(target.bias[i]);
+        for (int j = 0; j < vecs; ++j) {
+          const V result = results.of(V::load(total + (v * lanes + i * vecs + j) * L) + b);
+          S* const to = target.data + i * target.to_lane + target.position[v + j];
+          if (to_pixel == 1 && pixels == L) {
+            result.store(to);
+          } else if (to_pixel == 1) {
+            result.store(to, pixels);
+          } else {
+            S values[L];
+            result.store(values);
+            for (int l = 0; l < pixels; ++l) to[l * to_pixel] = values[l];
           }
-      });
+        }
+      }
+  });
   return results.any_special();
 }
 
@@ -53,24 +52,22 @@ bool store_interleaved(const T* total, int64_t apart, int64_t vectors, int wides
   constexpr int L = V::lanes;
   Results<V> results;
   const int lanes = target.lanes;
-  each_wide_run<T, S, Chains>(
-      lanes, vectors, widest, [&](auto, int64_t v, int64_t tiles, int vecs) {
-        for (; tiles > 0; --tiles, v += vecs)
-          for (int j = 0; j < vecs; ++j) {
-            const bool is_last = (v + j + 1) % row.per_row == 0;
-            const int64_t elements = is_last ? row.last_elements : Phases * L;
-            for (int i = 0; i < lanes; ++i) {
-              const T* const from = total + (v * lanes + i * vecs + j) * L;
-              const V b = V::broadcast(target.bias[i]);
-              V result[Phases];
-              for (int k = 0; k < Phases; ++k)
-                result[k] = results.of(V::load(from + k * apart) + b);
-              interleave<Phases>(result);
-              store_run<Phases>(result, elements,
-                                target.data + i * target.to_lane + target.position[v + j]);
-            }
-          }
-      });
+  each_wide_run<T, Chains>(lanes, vectors, widest, [&](int64_t v, int64_t tiles, int vecs) {
+    for (; tiles > 0; --tiles, v += vecs)
+      for (int j = 0; j < vecs; ++j) {
+        const bool is_last = (v + j + 1) % row.per_row == 0;
+        const int64_t elements = is_last ? row.last_elements : Phases * L;
+        for (int i = 0; i < lanes; ++i) {
+          const T* const from = total + (v * lanes + i * vecs + j) * L;
+          const V b = V::broadcast(target.bias[i]);
+          V result[Phases];
+          for (int k = 0; k < Phases; ++k) result[k] = results.of(V::load(from + k * apart) + b);
+          interleave<Phases>(result);
+          store_run<Phases>(result, elements,
+                            target.data + i * target.to_lane + target.position[v + j]);
+        }
+      }
+  });
   return results.any_special();
 }
 
@@ -251,8 +248,11 @@ class PixelProduct {
     const bool whole_images =
         pixels_in_place && boxes_ == piece_[0] &&
         box_samples_ * std::llabs(call_.image_stride[0]) * int64_t{sizeof(T)} <= patch_bytes;
-    const bool tap_in_place = (all_taps_ == 1 || whole_images) && reach_[2].step == 1 &&
-                              (pixels_in_place || terms_in_place_);
+    // Each tile of lanes widens them again, which costs less than a copy unless there are many.
+    const bool widens_in_place = wide_ && call_.lanes <= 8 * Size::wide_rows;
+    const bool tap_in_place =
+        (all_taps_ == 1 || (whole_images && !widens)) && reach_[2].step == 1 &&
+        ((pixels_in_place && (!widens || widens_in_place)) || terms_in_place_);
     // Vectors of few channels' pixels, whose terms lie side by side, are turned in registers.
     const bool cut = cut_[0].count * cut_[1].count * cut_[2].count > 1;
     turned_ = wide_ && !widens && all_taps_ == 1 && phases_ == 1 && !padding && !cut &&
@@ -260,11 +260,11 @@ class PixelProduct {
               call_.image_channels % L == 0 &&
               (call_.image_channels <= K::group || call_.image_channels % K::group == 0) &&
               extent <= INT32_MAX && whole_vectors;
-    patched_ = !turned_ && (is_half_type<S> || phases_ > 1 || !(tap_in_place || taps_in_place_) ||
-                            padding || extent > INT32_MAX);
+    patched_ = !turned_ &&
+               (phases_ > 1 || !(tap_in_place || taps_in_place_) || padding || extent > INT32_MAX);
     apart_ = !patched_ && terms_in_place_ && pixel_pitch() >= 64;
     // Few filters wait for the memory, which is faster with fewer and longer runs.
-    if (wide_ && tap_in_place && !patched_ && !turned_ && all_taps_ == 1 &&
+    if (wide_ && tap_in_place && !patched_ && !turned_ && !widens && all_taps_ == 1 &&
         call_.lanes <= rows_turned && call_.image_channels <= K::group)
       run_terms_ = 8;
 
@@ -388,6 +388,7 @@ class PixelProduct {
   struct Workspace {
     T *totals, *panel, *patch, *bias;
     const T** row;                // part after part
+    const S** narrow;             // instead: 16-bit pixels in place
     int64_t *position, *rows_of;  // of each row in the result; of each part
     int64_t packed_lanes = -1;    // the block whose panels are kept
     bool special = false;         // was an infinity or a NaN stored?
@@ -420,7 +421,7 @@ class PixelProduct {
     Arena& arena = task_arena();
     arena.reset(Arena::bytes_for<T>(totals) + Arena::bytes_for<T>(panel) +
                 Arena::bytes_for<T>(patch) + Arena::bytes_for<T>(bias) +
-                Arena::bytes_for<const T*>(rows) + Arena::bytes_for<int64_t>(rows) +
+                2 * Arena::bytes_for<const T*>(rows) + Arena::bytes_for<int64_t>(rows) +
                 Arena::bytes_for<int64_t>(panels_ * parts_));
     Workspace w;
     w.totals = arena.take<T>(totals);
@@ -428,6 +429,7 @@ class PixelProduct {
     w.patch = arena.take<T>(patch);
     w.bias = arena.take<T>(bias);
     w.row = arena.take<const T*>(rows);
+    w.narrow = arena.take<const S*>(rows);
     w.position = arena.take<int64_t>(rows);
     w.rows_of = arena.take<int64_t>(panels_ * parts_);
     return w;
@@ -508,12 +510,18 @@ class PixelProduct {
               to += (grid[a].first + at[a] * grid[a].step) * call_.target_stride[a + 2];
               from += (at[a] - (patched_ ? lower[a + 1] : 0)) * row_step_[a];
             }
-            const T* pointer = patched_ ? w.patch : reinterpret_cast<const T*>(place.image);
-            pointer += from;
             for (int64_t x = 0; x < width; x += wide_ ? L : 1) {
               // The last vector of a row that is not a multiple overlaps the one before.
               if (wide_ && x + L > width) x = most(width - L, 0);
-              w.row[next] = pointer + x * row_step_[2];
+              const int64_t at_x = from + x * row_step_[2];
+              if constexpr (widens) {
+                if (patched_)
+                  w.row[next] = w.patch + at_x;
+                else
+                  w.narrow[next] = place.image + at_x;
+              } else {
+                w.row[next] = (patched_ ? w.patch : place.image) + at_x;
+              }
               w.position[next++] = to + x * grid[2].step * call_.target_stride[4];
             }
           }
@@ -624,7 +632,7 @@ class PixelProduct {
       if (all.start[g] == all.start[g + 1] && g > 0) continue;
       T* const panel = s.panel + (keeps_panels_ ? all.start[g] * int64_t{width} : 0);
       if (!s.is_packed) pack_group(s, all, g, width, panel);
-      const T* const* row = w.row + k * box_rows_;
+      int64_t row = k * box_rows_;
       const int64_t* const rows = w.rows_of + k * parts_;
       T* total = s.total + (k - s.i) * totals_of_panel();
       Finish<T, S> here = finish ? *finish : Finish<T, S>{};
@@ -632,7 +640,7 @@ class PixelProduct {
         const Part& part = all.part[i];
         const Finish<T, S>* const closes = finish && g == part.last_group ? &here : nullptr;
         if (rows[i] > 0 && (g == 0 || part.start[g] < part.start[g + 1]))
-          multiply_part(s.tile, part, g, row, rows[i], panel, total, closes);
+          multiply_part(w, s.tile, part, g, row, rows[i], panel, total, closes);
         here.position += rows[i];
         row += rows[i];
         total += rows[i] * pitch_of(s.tile);
@@ -650,25 +658,31 @@ class PixelProduct {
                g + 1 < s.g1 ? start[2] - start[1] : 0);
   }
 
-  void multiply_part(const LaneTile& tile, const Part& part, int64_t g, const T* const* row,
-                     int64_t rows, const T* panel, T* total, const Finish<T, S>* finish) const {
+  void multiply_part(const Workspace& w, const LaneTile& tile, const Part& part, int64_t g,
+                     int64_t row, int64_t rows, const T* panel, T* total,
+                     const Finish<T, S>* finish) const {
     const Term* const terms = part.term + part.start[g];
     const int32_t* const length = part.length + g * K::chains;
-    if (wide_)
-      multiply_vectors<T, S, K::chains>(row, rows, terms, length, panel, tile.lanes, total, g > 0,
-                                        tile.vecs, run_terms_, finish);
+    const auto multiply_wide = [&](const auto* const* vector) {
+      multiply_vectors<T, K::chains>(vector, rows, terms, length, panel, tile.lanes, total, g > 0,
+                                     tile.vecs, run_terms_, finish);
+    };
+    if (wide_ && (patched_ || !widens))
+      multiply_wide(w.row + row);
+    else if (wide_)
+      multiply_wide(w.narrow + row);
     else if constexpr (widens)
-      multiply_rows<T, K::chains>(row, rows, terms, length, panel, tile.vecs, total, g > 0);
+      multiply_rows<T, K::chains>(w.row + row, rows, terms, length, panel, tile.vecs, total, g > 0);
     else
-      multiply_rows<T, K::chains>(row, rows, terms, length, panel, tile.vecs, total, g > 0, apart_,
-                                  finish);
+      multiply_rows<T, K::chains>(w.row + row, rows, terms, length, panel, tile.vecs, total, g > 0,
+                                  apart_, finish);
   }
 
   void multiply_turned_rows(const Workspace& w, const Step& s) const {
     const int lanes = s.tile.lanes;
     const T* filter[rows_turned];
     for (int l = 0; l < lanes; ++l) filter[l] = s.weight + l * call_.lane_stride;
-    each_wide_run<T, S, 1>(lanes, s.rows, s.tile.vecs, [&](auto, int64_t v, int64_t run, int vecs) {
+    each_wide_run<T, 1>(lanes, s.rows, s.tile.vecs, [&](int64_t v, int64_t run, int vecs) {
       for (int64_t k = 0; k < run * vecs; ++k)
         turned_of<T, T, 1>(lanes)(
             filter, call_.channel_stride, w.row[v + k] + panel_->part->term->in_place(),

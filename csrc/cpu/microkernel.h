@@ -150,21 +150,21 @@ __attribute__((noinline, cold)) void store_special(const T* sum, int rows, int v
 // `length[c]` terms of chain c, chain after chain. `last` is the last pointer of the whole work:
 // what lies ahead is asked for early; of rows that are Apart, each in lines of its own, each term
 // asks for another one.
-template <class T, class D, int Chains, int Rows, int Vecs, bool Wide, bool Apart = false>
-void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
+template <class T, class S, class D, int Chains, int Rows, int Vecs, bool Wide, bool Apart = false>
+void multiply_tiles(int64_t tiles, const S* const* in_place, const Term* terms,
                     const int32_t* length, const T* panel, T* total, Group group,
-                    const T* const* last, const Finish<T, D>* finish) {
+                    const S* const* last, const Finish<T, D>* finish) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
   constexpr int pointers = Wide ? Vecs : Rows;
-  constexpr bool all_lines = Wide && (Rows <= 2 || Vecs <= 4);
+  constexpr bool all_lines = Wide && (Rows <= 2 || Vecs <= 4) && (Chains == 1 || Rows * Vecs > 12);
   constexpr int lines = all_lines ? Vecs : Wide || Vecs > 1;  // that a term asks for
   const int64_t* position = finish ? finish->position : nullptr;
   const int far = all_lines && length[0] > 64 ? 1 : 2;  // tiles
   for (; tiles > 0; --tiles, in_place += pointers, total += Rows * Vecs * L) {
     const Term* term = terms;
-    const T* const ahead = last - in_place > far * pointers ? in_place[far * pointers] : *last;
-    const T* const* const rows_ahead =
+    const S* const ahead = last - in_place > far * pointers ? in_place[far * pointers] : *last;
+    const S* const* const rows_ahead =
         in_place + (last - in_place >= far * pointers + 7 ? far * pointers : 0);
     if (!Wide && finish) {
       const int64_t* const next = position + (last - in_place > 3 * pointers ? 2 * pointers : 0);
@@ -173,7 +173,7 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
 #pragma GCC unroll 8
         for (int j = 0; j < Vecs; ++j) prefetch_to_write(finish->target + next[i] + j * L);
     }
-    const T* at[pointers];
+    const S* at[pointers];
     V chain[Chains][Rows][Vecs];
 #pragma GCC unroll 16
     for (int i = 0; i < pointers; ++i) at[i] = in_place[i];
@@ -207,10 +207,15 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
         } else {
           V lane[Vecs];
 #pragma GCC unroll 8
-          for (int j = 0; j < Vecs; ++j) lane[j] = V::load(Wide ? at[j] + o : packed + j * L);
+          for (int j = 0; j < Vecs; ++j) {
+            if constexpr (Wide)
+              lane[j] = V::load(at[j] + o);
+            else
+              lane[j] = V::load(packed + j * L);
+          }
 #pragma GCC unroll 16
           for (int i = 0; i < Rows; ++i) {
-            const V row = V::broadcast(Wide ? packed[i] : at[i][o]);
+            const V row = V::broadcast(Wide ? packed[i] : widened(at[i][o]));
 #pragma GCC unroll 8
             for (int j = 0; j < Vecs; ++j) chain[c][i][j] = fma(row, lane[j], chain[c][i][j]);
           }
@@ -261,9 +266,9 @@ void multiply_tiles(int64_t tiles, const T* const* in_place, const Term* terms,
   }
 }
 
-template <class T, class D = T>
-using Tiles = void (*)(int64_t, const T* const*, const Term*, const int32_t*, const T*, T*, Group,
-                       const T* const*, const Finish<T, D>*);
+template <class T, class S = T, class D = T>
+using Tiles = void (*)(int64_t, const S* const*, const Term*, const int32_t*, const T*, T*, Group,
+                       const S* const*, const Finish<T, D>*);
 
 // The tile of `rows` x `vecs`, 1 <= rows <= TileSize::rows_of(vecs), 1 <= vecs <= TileSize::vecs.
 // Only of whole tiles it matters whether their rows lie apart.
@@ -278,27 +283,25 @@ TNC_INLINE Tiles<T> tile_of(int rows, int vecs, bool apart) {
     if (rows < Rows) return tile_of<T, Chains, Vecs, Rows - 1>(rows, vecs, apart);
   }
   if constexpr (Chains == 1 && Rows == Size::rows_of(Vecs)) {
-    if (apart) return multiply_tiles<T, T, Chains, Rows, Vecs, false, true>;
+    if (apart) return multiply_tiles<T, T, T, Chains, Rows, Vecs, false, true>;
   }
-  return multiply_tiles<T, T, Chains, Rows, Vecs, false>;
+  return multiply_tiles<T, T, T, Chains, Rows, Vecs, false>;
 }
 
-// The widest tile of `rows` rows that has at most `limit` vectors; `vecs` becomes its width, which
-// is the largest, halved some times.
-template <class T, class D, int Chains, int Rows, int Vecs>
-TNC_INLINE Tiles<T, D> wide_tile_within(int64_t limit, int& vecs) {
+// The wide tile of `rows` rows and `vecs` vectors: TileSize::wide_vecs(rows), halved some times.
+template <class T, class S, class D, int Chains, int Rows, int Vecs>
+TNC_INLINE Tiles<T, S, D> wide_tile_within(int vecs) {
   if constexpr (Vecs > 1) {
-    if (limit < Vecs) return wide_tile_within<T, D, Chains, Rows, Vecs / 2>(limit, vecs);
+    if (vecs < Vecs) return wide_tile_within<T, S, D, Chains, Rows, Vecs / 2>(vecs);
   }
-  vecs = Vecs;
-  return multiply_tiles<T, D, Chains, Rows, Vecs, true>;
+  return multiply_tiles<T, S, D, Chains, Rows, Vecs, true>;
 }
-template <class T, class D, int Chains, int Rows = TileSize<T, Chains>::wide_rows>
-TNC_INLINE Tiles<T, D> wide_tile_of(int rows, int64_t limit, int& vecs) {
+template <class T, class S, class D, int Chains, int Rows = TileSize<T, Chains>::wide_rows>
+TNC_INLINE Tiles<T, S, D> wide_tile_of(int rows, int vecs) {
   if constexpr (Rows > 1) {
-    if (rows < Rows) return wide_tile_of<T, D, Chains, Rows - 1>(rows, limit, vecs);
+    if (rows < Rows) return wide_tile_of<T, S, D, Chains, Rows - 1>(rows, vecs);
   }
-  return wide_tile_within<T, D, Chains, Rows, TileSize<T, Chains>::wide_vecs(Rows)>(limit, vecs);
+  return wide_tile_within<T, S, D, Chains, Rows, TileSize<T, Chains>::wide_vecs(Rows)>(vecs);
 }
 
 // The tiles of `vecs` vectors that cover `rows` rows: use(number of tiles, their rows) for each run
@@ -334,15 +337,14 @@ void multiply_rows(const T* const* row, int64_t rows, const Term* terms, const i
 }
 
 // The wide tiles of `rows` rows, at most `widest` vectors side by side, that cover `vectors` of
-// them: use(tile, first vector, number of tiles, their width) for each run of equal ones.
-template <class T, class D, int Chains, class Use>
+// them: use(first vector, number of tiles, their width) for each run of equal ones.
+template <class T, int Chains, class Use>
 TNC_INLINE void each_wide_run(int rows, int64_t vectors, int widest, const Use& use) {
-  int vecs = 0;
+  int vecs = TileSize<T, Chains>::wide_vecs(rows);
   for (int64_t v = 0; v < vectors;) {
-    const int64_t limit = vectors - v < widest ? vectors - v : widest;
-    const Tiles<T, D> tile = wide_tile_of<T, D, Chains>(rows, limit, vecs);
+    while (vecs > least(vectors - v, widest)) vecs /= 2;
     const int64_t tiles = (vectors - v) / vecs;
-    use(tile, v, tiles, vecs);
+    use(v, tiles, vecs);
     v += tiles * vecs;
   }
 }
@@ -350,8 +352,8 @@ TNC_INLINE void each_wide_run(int rows, int64_t vectors, int widest, const Use& 
 // total += the group, for `vectors` vectors with a pointer each, in wide tiles; the tile that
 // begins at vector v has its totals, rows x width, at v * rows vectors. `at_once` terms at a time,
 // whose memory is read in so many runs; a group of more must be the only one.
-template <class T, class D, int Chains>
-void multiply_vectors(const T* const* vector, int64_t vectors, const Term* terms,
+template <class T, int Chains, class S, class D>
+void multiply_vectors(const S* const* vector, int64_t vectors, const Term* terms,
                       const int32_t* length, const T* panel, int rows, T* total, bool resume,
                       int widest, int64_t at_once, const Finish<T, D>* finish) {
   Group group = resume ? Group::next : Group::first;
@@ -361,13 +363,13 @@ void multiply_vectors(const T* const* vector, int64_t vectors, const Term* terms
                                       Chains == 2 ? length[1] : 0};
     left -= some[0];
     const Finish<T, D>* const closes = left == 0 ? finish : nullptr;
-    each_wide_run<T, D, Chains>(
-        rows, vectors, widest, [&](auto tile, int64_t v, int64_t tiles, int) {
-          Finish<T, D> rest = closes ? *closes : Finish<T, D>{};
-          if (closes) rest.position += v;
-          tile(tiles, vector + v, terms, some, panel, total + v * rows * Vec<T>::lanes, group,
-               vector + vectors - 1, closes ? &rest : nullptr);
-        });
+    each_wide_run<T, Chains>(rows, vectors, widest, [&](int64_t v, int64_t tiles, int vecs) {
+      Finish<T, D> rest = closes ? *closes : Finish<T, D>{};
+      if (closes) rest.position += v;
+      wide_tile_of<T, S, D, Chains>(rows, vecs)(tiles, vector + v, terms, some, panel,
+                                                total + v * rows * Vec<T>::lanes, group,
+                                                vector + vectors - 1, closes ? &rest : nullptr);
+    });
     terms += some[0];
     group = Group::same;
   } while (left > 0);
