@@ -82,7 +82,7 @@ PlaneWay way_of(const ConvShape& s, const MapAxis (&axis)[3], const Chunks& chun
     return doubled ? PlaneWay::doubled : PlaneWay::pairs;
   }
   if (square && stride == 1 && numbers == kernel * kernel) return PlaneWay::roll;
-  if (square && stride <= (transposed ? 1 : 2) && kernel < 7 && numbers <= group_length<T>)
+  if (square && stride <= (transposed ? 1 : 2) && kernel < 7 && numbers <= slide_terms<T>)
     return PlaneWay::slide;
   // One phase is not enough: of a stride longer than the image it need not meet all taps.
   const bool all_meet = axis[0].period == 1 && axis[1].period == 1 && axis[2].period == 1;

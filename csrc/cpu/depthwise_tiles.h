@@ -182,21 +182,28 @@ struct PlaneRow {
   }
 };
 
-// A square kernel of dilation 1 and one group of terms, of several source planes or of stride 2: a
-// vector is loaded once for all the rows of the tile that read it. Each row still meets its taps in
-// order.
+// The most terms of slide_tile, which knows where the first group ends: two groups of the short
+// ones of 16-bit types, else one.
+template <class T>
+constexpr int64_t slide_terms = chains_of<T> * group_length<T>;
+
+// A square kernel of dilation 1, of several source planes or of stride 2: a vector is loaded once
+// for all the rows of the tile that read it. Each row still meets its taps in order.
 template <class T, int kernel, int step, int rows, int vecs>
 void slide_tile(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
   using E = Total<T>;
   using V = Vec<E>;
   constexpr int chains = chains_of<T>, row_step = step < 0 ? 1 : step;
-  V acc[rows][vecs][chains];
+  constexpr int cut_plane = group_length<T> / (kernel * kernel);
+  constexpr int cut_tap = group_length<T> % (kernel * kernel);
+  V acc[rows][vecs][chains], total[rows][vecs];
   each_vector<rows, vecs>([&](int i, int c) __attribute__((always_inline)) {
     for (int q = 0; q < chains; ++q) acc[i][c][q] = V::zero();
+    total[i][c] = V::zero();
   });
   const E* w = phase.weights;
   const T* ahead = tile.ahead;
-  for (int64_t r = 0; r < phase.tap_row_count; r += kernel, w += kernel * kernel) {
+  const auto add_plane = [&](int64_t r, auto is_cut) __attribute__((always_inline)) {
     const E* row = tile.source + phase.tap_rows[r];
 #pragma GCC unroll 24
     for (int u = 0; u < (rows - 1) * row_step + kernel; ++u, row += tile.source_step) {
@@ -213,21 +220,30 @@ void slide_tile(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
           const V tap = V::broadcast(w[number]);
 #pragma GCC unroll 8
           for (int c = 0; c < vecs; ++c) {
+            if (is_cut.value && number == cut_tap) {
+              total[i][c] = V::zero() + sum_of(acc[i][c]);
+              for (int q = 0; q < chains; ++q) acc[i][c][q] = V::zero();
+            }
             V& chain = acc[i][c][number % chains];
             chain = fma(x[c], tap, chain);
           }
         }
       });
     }
+  };
+  for (int64_t r = 0; r < phase.tap_row_count; r += kernel, w += kernel * kernel) {
+    if (chains == 2 && r == cut_plane * kernel)
+      add_plane(r, std::true_type{});
+    else
+      add_plane(r, std::false_type{});
     ahead += tile.ahead_plane;
     if constexpr (chains == 2)  // the next plane's first term has an odd number, or again an even
       each_vector<rows, vecs>([&](int i, int c) __attribute__((always_inline)) {
         std::swap(acc[i][c][0], acc[i][c][1]);
       });
   }
-  V total[rows][vecs];
   each_vector<rows, vecs>([&](int i, int c) __attribute__((always_inline)) {
-    total[i][c] = V::zero() + sum_of(acc[i][c]);
+    total[i][c] = total[i][c] + sum_of(acc[i][c]);
   });
   store_plane_tile<T, rows, vecs>(total, phase, tile);
 }
