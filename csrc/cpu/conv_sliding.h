@@ -8,24 +8,27 @@
 // beyond the border.
 #pragma once
 
+#include <cstring>
+
 #include "conv_grids.h"
 
 namespace torch_naiveconv::TNC_ISA {
 
 constexpr int sliding_kernel = 3, sliding_taps = sliding_kernel * sliding_kernel;
-constexpr int sliding_lanes = 3;  // at most
+// At most: of 16-bit types, with two chains, more would leave one vector in a tile.
+constexpr int sliding_lanes(int chains) { return chains == 1 ? 3 : 1; }
 // Of a tile: its chains leave registers for a row that is read.
 constexpr int sliding_rows(int64_t lanes) { return lanes == 3 ? 3 : 4; }
-constexpr int sliding_vecs(int64_t lanes) { return lanes == 1 ? 4 : 2; }
+constexpr int sliding_vecs(int64_t lanes, int chains) { return (lanes == 1 ? 4 : 2) / chains; }
 
 template <class S>
-constexpr bool can_slide = !is_half_type<S> && joins_windows<Vec<typename Kind<S>::T>>;
+constexpr bool can_slide = joins_windows<Vec<typename Kind<S>::T>>;
 
 // A band, and the rows that it reads, both in the order in which the taps come to them.
-template <class T>
+template <class S, class T>
 struct SlidingBand {
-  const T* source[6];
-  T* chain;
+  const S* source[6];
+  T* chain[2];                     // of the even taps, and of the odd ones if there are two
   int64_t chain_step, chain_lane;  // from row to row, from lane to lane
   int64_t width;
   const T* weight;  // tap after tap, the lanes of each
@@ -35,11 +38,12 @@ struct SlidingBand {
 // chain[row][pixel] = fma(source[row + tap][pixel + tap], weight[tap], chain[row][pixel]) for all
 // taps in order, which is from right to left if Step is -1. Edge: the image ends before or behind
 // the columns that are read.
-template <class T, int Step, int Lanes, int Vecs, bool Edge>
-TNC_INLINE void slide_columns(const SlidingBand<T>& band, int64_t column) {
+template <class S, int Step, int Lanes, int Vecs, bool Edge, class T>
+TNC_INLINE void slide_columns(const SlidingBand<S, T>& band, int64_t column) {
   using V = Vec<T>;
   constexpr int L = V::lanes, K = sliding_kernel, rows = sliding_rows(Lanes);
-  V chain[rows][Lanes][Vecs];
+  constexpr int chains = Kind<S>::chains;
+  V chain[rows][Lanes][Vecs][chains];
   const auto each = [&](const auto& use) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int i = 0; i < rows; ++i)
@@ -47,13 +51,15 @@ TNC_INLINE void slide_columns(const SlidingBand<T>& band, int64_t column) {
       for (int l = 0; l < Lanes; ++l)
 #pragma GCC unroll 4
         for (int c = 0; c < Vecs; ++c)
-          use(chain[i][l][c],
-              band.chain + i * band.chain_step + l * band.chain_lane + column + c * L);
+#pragma GCC unroll 2
+          for (int q = 0; q < chains; ++q)
+            use(chain[i][l][c][q],
+                band.chain[q] + i * band.chain_step + l * band.chain_lane + column + c * L);
   };
   each([](V& sum, const T* from) __attribute__((always_inline)) { sum = V::load(from); });
 #pragma GCC unroll 8
   for (int u = 0; u < rows + K - 1; ++u) {
-    const T* const from = band.source[u] + column;
+    const S* const from = band.source[u] + column;
     V whole[Vecs + 2];
 #pragma GCC unroll 8
     for (int c = -1; c <= Vecs; ++c) {
@@ -78,13 +84,16 @@ TNC_INLINE void slide_columns(const SlidingBand<T>& band, int64_t column) {
       }
 #pragma GCC unroll 4
       for (int i = 0; i < rows; ++i) {
-        const int kh = u - i;
+        const int kh = u - i, number = kh * K + kw.value;
         if (kh < 0 || kh >= K) continue;
 #pragma GCC unroll 4
         for (int l = 0; l < Lanes; ++l) {
-          const V tap = V::broadcast(band.weight[(kh * K + kw.value) * Lanes + l]);
+          const V tap = V::broadcast(band.weight[number * Lanes + l]);
 #pragma GCC unroll 4
-          for (int c = 0; c < Vecs; ++c) chain[i][l][c] = fma(x[c], tap, chain[i][l][c]);
+          for (int c = 0; c < Vecs; ++c) {
+            V& sum = chain[i][l][c][number % chains];
+            sum = fma(x[c], tap, sum);
+          }
         }
       }
     });
@@ -92,28 +101,29 @@ TNC_INLINE void slide_columns(const SlidingBand<T>& band, int64_t column) {
   each([](const V& sum, T* to) __attribute__((always_inline)) { sum.store(to); });
 }
 
-template <class T, int Step, int Lanes, int Vecs = sliding_vecs(Lanes)>
-TNC_INLINE void slide_band(const SlidingBand<T>& band, int64_t column, int64_t vectors) {
+template <class S, int Step, int Lanes, int Vecs, class T>
+TNC_INLINE void slide_band(const SlidingBand<S, T>& band, int64_t column, int64_t vectors) {
   constexpr int L = Vec<T>::lanes;
   for (; vectors >= Vecs; vectors -= Vecs, column += Vecs * L) {
     if (column == 0 || column + (Vecs + 1) * L > band.width)
-      slide_columns<T, Step, Lanes, Vecs, true>(band, column);
+      slide_columns<S, Step, Lanes, Vecs, true>(band, column);
     else
-      slide_columns<T, Step, Lanes, Vecs, false>(band, column);
+      slide_columns<S, Step, Lanes, Vecs, false>(band, column);
   }
-  if constexpr (Vecs > 1) slide_band<T, Step, Lanes, Vecs / 2>(band, column, vectors);
+  if constexpr (Vecs > 1) slide_band<S, Step, Lanes, Vecs / 2>(band, column, vectors);
 }
 
 // One call: its plan, which the threads share, and what a task does. A task is a band of a slice,
 // all lanes.
-template <class T>
+template <class S>
 class SlidingProduct {
+  using K = Kind<S>;
+  using T = typename K::T;
   using V = Vec<T>;
-  using K = Kind<T>;
   static constexpr int L = V::lanes;
 
  public:
-  SlidingProduct(const Images<T>& call, const GridAxis (&grid)[3])
+  SlidingProduct(const Images<S>& call, const GridAxis (&grid)[3])
       : call_(call),
         grid_(grid),
         width_(grid[2].count),
@@ -131,9 +141,9 @@ class SlidingProduct {
     const GridAxis &h = grid_[1], &w = grid_[2];
     return h.taps == sliding_kernel && w.taps == sliding_kernel && std::llabs(w.shift_step) == 1 &&
            h.shift_step == w.shift_step && w.least_shift() == -1 && w.count == w.image_size &&
-           call_.lanes <= sliding_lanes && call_.image_stride[4] == 1 &&
+           call_.lanes <= sliding_lanes(K::chains) && call_.image_stride[4] == 1 &&
            call_.target_stride[4] == 1 && has_vectors_of_pixels(call_, grid_) &&
-           2 * chains() * int64_t{sizeof(T)} <= total_bytes;
+           (1 + K::chains) * sums() * int64_t{sizeof(T)} <= total_bytes;
   }
 
   // Says whether an infinity or a NaN was written.
@@ -147,25 +157,26 @@ class SlidingProduct {
 
  private:
   struct Workspace {
-    T *chain, *total;
+    T* chain[2];
+    T* total;
     bool special = false;
   };
   struct Place {  // of a task
     int64_t group, slice, row, rows;
-    const T* image;
-    T* target;
+    const S* image;
+    S* target;
   };
-  int64_t chains() const { return call_.lanes * rows_ * columns_; }
+  int64_t sums() const { return call_.lanes * rows_ * columns_; }  // of a band
 
   // Plane after plane, tap after tap, the lanes of each.
   void pack_weights() {
     const int64_t* const stride = call_.weight_stride;
     const int64_t weights = call_.groups * planes_ * sliding_taps * call_.lanes;
     Arena& plan = plan_arena();
-    plan.reset(Arena::bytes_for<T>(weights) + Arena::bytes_for<T>(columns_));
+    plan.reset(Arena::bytes_for<T>(weights) + Arena::bytes_for<S>(columns_));
     weight_ = plan.take<T>(weights);
-    zeros_ = plan.take<T>(columns_);
-    zero_run(zeros_, columns_);
+    zeros_ = plan.take<S>(columns_);
+    std::memset(zeros_, 0, columns_ * sizeof(S));
     T* to = weight_;
     for (int64_t g = 0; g < call_.groups; ++g)
       for (int64_t c = 0; c < call_.image_channels; ++c)
@@ -173,24 +184,24 @@ class SlidingProduct {
           for (int64_t h = 0; h < sliding_kernel; ++h)
             for (int64_t w = 0; w < sliding_kernel; ++w)
               for (int64_t l = 0; l < call_.lanes; ++l)
-                *to++ = call_.weight[g * call_.group_stride + c * call_.channel_stride +
-                                     l * call_.lane_stride + d * stride[2] + h * stride[3] +
-                                     w * stride[4]];
+                *to++ = widened(call_.weight[g * call_.group_stride + c * call_.channel_stride +
+                                             l * call_.lane_stride + d * stride[2] + h * stride[3] +
+                                             w * stride[4]]);
   }
 
   Workspace workspace() const {
     Arena& arena = task_arena();
-    arena.reset(2 * Arena::bytes_for<T>(chains()));
+    arena.reset((1 + K::chains) * Arena::bytes_for<T>(sums()));
     Workspace w;
-    w.chain = arena.take<T>(chains());
-    w.total = arena.take<T>(chains());
+    for (int q = 0; q < K::chains; ++q) w.chain[q] = arena.take<T>(sums());
+    w.total = arena.take<T>(sums());
     return w;
   }
 
   void run_task(int64_t task, Workspace& w) const {
     const Place place = place_of(task);
-    zero_run(w.chain, chains());
-    zero_run(w.total, chains());
+    for (int q = 0; q < K::chains; ++q) zero_run(w.chain[q], sums());
+    zero_run(w.total, sums());
     for (int64_t plane = 0; plane < planes_; ++plane) {
       const int64_t first = plane * sliding_taps, last = first + sliding_taps;
       for (int64_t t = first, end; t < last; t = end) {
@@ -222,54 +233,62 @@ class SlidingProduct {
                      int64_t last) const {
     const int64_t depth = place.slice + grid_[0].shift(plane % grid_[0].taps);
     const bool inside = depth >= 0 && depth < grid_[0].image_size;
-    const T* const image = inside ? place.image + plane / grid_[0].taps * call_.image_stride[1] +
+    const S* const image = inside ? place.image + plane / grid_[0].taps * call_.image_stride[1] +
                                         depth * call_.image_stride[2]
                                   : nullptr;
     const T* weight = weight_ + (place.group * planes_ + plane) * sliding_taps * call_.lanes;
-    T some[sliding_taps * sliding_lanes];
+    T some[sliding_taps * sliding_lanes(K::chains)];
     if (last - first < sliding_taps) {
       for (int64_t i = 0; i < sliding_taps * call_.lanes; ++i)
         some[i] = first * call_.lanes <= i && i < last * call_.lanes ? weight[i] : T(0);
       weight = some;
     }
     const int64_t next_channel = plane / grid_[0].taps + 1 < call_.image_channels;
-    slide_of()(*this, place, w.chain, image, weight, next_channel * call_.image_stride[1]);
+    // The number of a plane's first term is odd in every other one.
+    T* const even = w.chain[plane % K::chains];
+    T* const odd = w.chain[(plane + 1) % K::chains];
+    slide_of()(*this, place, even, odd, image, weight, next_channel * call_.image_stride[1]);
   }
 
   template <int Step, int Lanes>
-  static void slide(const SlidingProduct& p, const Place& place, T* chain, const T* image,
+  static void slide(const SlidingProduct& p, const Place& place, T* even, T* odd, const S* image,
                     const T* weight, int64_t ahead) {
     constexpr int rows = sliding_rows(Lanes), sources = rows + sliding_kernel - 1;
-    SlidingBand<T> band{{}, chain, Step * p.columns_, rows * p.columns_, p.width_, weight, ahead};
-    if (Step < 0) band.chain += (rows - 1) * p.columns_;
+    const int64_t first = Step < 0 ? (rows - 1) * p.columns_ : 0;
+    SlidingBand<S, T> band{
+        {},   {even + first, odd + first}, Step * p.columns_, rows * p.columns_, p.width_, weight,
+        ahead};
     for (int u = 0; u < sources; ++u) {
       const int64_t at = place.row + p.grid_[1].least_shift() + (Step < 0 ? sources - 1 - u : u);
       const bool inside = image != nullptr && at >= 0 && at < p.grid_[1].image_size;
       band.source[u] = inside ? image + at * p.call_.image_stride[3] : p.zeros_;
     }
-    slide_band<T, Step, Lanes>(band, 0, p.columns_ / L);
+    slide_band<S, Step, Lanes, sliding_vecs(Lanes, K::chains)>(band, 0, p.columns_ / L);
   }
   template <int Lanes = 1>
   auto slide_of() const {
-    if constexpr (Lanes < sliding_lanes)
+    if constexpr (Lanes < sliding_lanes(K::chains))
       if (call_.lanes > Lanes) return slide_of<Lanes + 1>();
     return grid_[2].shift_step < 0 ? slide<-1, Lanes> : slide<1, Lanes>;
   }
 
   void close_group(Workspace& w) const {
-    for (int64_t i = 0; i < chains(); i += L) {
-      (V::load(w.total + i) + V::load(w.chain + i)).store(w.total + i);
-      V::zero().store(w.chain + i);
+    for (int64_t i = 0; i < sums(); i += L) {
+      V group = V::load(w.chain[0] + i);
+      if constexpr (K::chains == 2) group = group + V::load(w.chain[1] + i);
+      (V::load(w.total + i) + group).store(w.total + i);
+      for (int q = 0; q < K::chains; ++q) V::zero().store(w.chain[q] + i);
     }
   }
 
   void store(const Place& place, Workspace& w) const {
     Results<V> results;
     for (int64_t l = 0; l < call_.lanes; ++l) {
-      const V bias = V::broadcast(call_.bias ? call_.bias[place.group * call_.lanes + l] : T(0));
+      const V bias =
+          V::broadcast(call_.bias ? widened(call_.bias[place.group * call_.lanes + l]) : T(0));
       for (int64_t y = 0; y < place.rows; ++y) {
         const T* const total = w.total + (l * rows_ + y) * columns_;
-        T* const to = place.target + l * call_.target_stride[1] + y * call_.target_stride[3];
+        S* const to = place.target + l * call_.target_stride[1] + y * call_.target_stride[3];
         for (int64_t x = 0; x < width_; x += L) {
           const V result = results.of(V::load(total + x) + bias);
           if (x + L <= width_)
@@ -282,19 +301,20 @@ class SlidingProduct {
     w.special |= results.any_special();
   }
 
-  const Images<T>& call_;
+  const Images<S>& call_;
   const GridAxis (&grid_)[3];
   const int64_t width_, planes_;
   const int64_t columns_;                // of the chains: whole vectors
   const int64_t slices_, rows_, bands_;  // rows of a band, bands of a slice
-  T *weight_, *zeros_;
+  T* weight_;
+  S* zeros_;
 };
 
 // Returns false to decline, also after the fact: if an infinity or a NaN came out, an operand that
 // met a +0 may not have been finite.
-template <class T>
-bool multiply_sliding(const Images<T>& call, const GridAxis (&grid)[3]) {
-  SlidingProduct<T> product(call, grid);
+template <class S>
+bool multiply_sliding(const Images<S>& call, const GridAxis (&grid)[3]) {
+  SlidingProduct<S> product(call, grid);
   return product.takes() && !product.run();
 }
 
