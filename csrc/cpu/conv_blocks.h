@@ -158,6 +158,9 @@ void copy_patch(T* patch, const PatchLayout& layout, const S* image, int64_t ima
   }
   const bool transposed = image_channel == 1 && image_axis[2] != 1 && channels > 1;
   const int64_t at_once = transposed ? channels : 1;  // channels
+  // What is asked for early: some KB further on.
+  const int64_t copied = width * box.size(0) * box.size(1) * std::llabs(step) * int64_t{sizeof(S)};
+  const int64_t ahead = most(4096 / most(copied, 1), 1) * image_channel;
   for (int64_t c = 0; c < channels; c += at_once)
     for (int64_t d = box.from[0], i = 0; d < box.to[0]; d += hop[0], ++i)
       for (int64_t h = box.from[1], j = 0; h < box.to[1]; h += hop[1], ++j) {
@@ -183,9 +186,9 @@ void copy_patch(T* patch, const PatchLayout& layout, const S* image, int64_t ima
         if (transposed) {
           copy_transposed(to + w0, layout.channel, from, step, channels, w1 - w0);
         } else {
-          if (step == 1 || step == 2)  // the same row of the next channel
+          if (step == 1 || step == 2)  // the same row of a later channel
             for (int64_t w = 0; w < (w1 - w0) * step; w += 64 / int64_t{sizeof(S)})
-              prefetch(from + image_channel + w);
+              prefetch(from + ahead + w);
           copy_run(to + w0, from, step, w1 - w0);
         }
         if (w1 < width)
