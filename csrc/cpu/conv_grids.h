@@ -121,7 +121,8 @@ struct Part {
 // stride phases. Stride phases of a call, which have the same image_step and differ in count by at
 // most one, may also share a patch.
 struct PanelTerms {
-  int32_t* start = nullptr;  // of each group
+  int64_t first = 0;         // so many are in the panels before
+  int32_t* start = nullptr;  // of each group, and the end
   int32_t* lane = nullptr;   // offset in the weight
   Part* part = nullptr;
   int64_t parts = 0;

@@ -222,8 +222,8 @@ class PixelProduct {
       }
     }
     boxes_ = piece_[0] * piece_[1] * piece_[2] * piece_[3];
-    keeps_panels_ = phases_ == 1 && boxes_ > threads &&
-                    terms_ * most_lanes() * int64_t{sizeof(T)} <= kept_bytes;
+    keeps_panels_ =
+        boxes_ > threads && most_terms() * most_lanes() * int64_t{sizeof(T)} <= kept_bytes;
     box_samples_ = up(call_.batch, piece_[0]);
     box_rows_ = box_samples_;
     for (int a = 0; a < 3; ++a) {
@@ -317,6 +317,7 @@ class PixelProduct {
     Taps taps(plan, all_taps_);
     for (int i = 0; i < panels_; ++i) {
       list_panel(panel_[i], grid_[i], plan, taps, packed);
+      panel_[i].first = i == 0 ? 0 : panel_[i - 1].first + panel_[i - 1].start[groups_];
       panel_[i].parts = 0;
       panel_[i].part = plan.take<Part>(parts_);
       for (int k = i; k < i + grids_of_panel(); ++k)
@@ -414,7 +415,7 @@ class PixelProduct {
 
   Workspace workspace() const {
     const int64_t totals = totals_of_panel() * (one_chunk_ ? at_once() : panels_);
-    const int64_t panel = keeps_panels_ ? terms_ * most_lanes()
+    const int64_t panel = keeps_panels_ ? most_terms() * most_lanes()
                                         : K::group * (wide_ ? Size::wide_rows : L * Size::vecs);
     const int64_t patch = patched_ ? box_samples_ * layout_.elements + L : 0;
     const int64_t bias = up(most_lanes(), L) * L, rows = box_rows_ * phases_;
@@ -549,7 +550,7 @@ class PixelProduct {
     int64_t rows;
     LaneTile tile;
     const S* weight;
-    T* panel;        // group after group, if they are kept for the boxes that follow
+    int64_t lane;    // of the block, that the tile begins with
     bool is_packed;  // by an earlier box
     T* total;
     S* to;
@@ -576,7 +577,7 @@ class PixelProduct {
                         .tile = tile,
                         .weight = call_.weight + place.group * call_.group_stride +
                                   tile.first * call_.lane_stride,
-                        .panel = w.panel + (keeps_panels_ ? terms_ * (tile.first - first_lane) : 0),
+                        .lane = tile.first - first_lane,
                         .is_packed = w.packed_lanes == lanes_of(place),
                         .total = total,
                         .to = call_.target + channel * call_.target_stride[1],
@@ -630,7 +631,9 @@ class PixelProduct {
     const int width = wide_ ? s.tile.lanes : s.tile.vecs * L;
     for (int64_t g = s.g0; g < s.g1; ++g) {
       if (all.start[g] == all.start[g + 1] && g > 0) continue;
-      T* const panel = s.panel + (keeps_panels_ ? all.start[g] * int64_t{width} : 0);
+      T* panel = w.panel;
+      if (keeps_panels_)  // panel after panel, tile after tile, group after group
+        panel += all.first * most_lanes() + all.start[groups_] * s.lane + all.start[g] * width;
       if (!s.is_packed) pack_group(s, all, g, width, panel);
       int64_t row = k * box_rows_;
       const int64_t* const rows = w.rows_of + k * parts_;

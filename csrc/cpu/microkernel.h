@@ -157,8 +157,10 @@ void multiply_tiles(int64_t tiles, const S* const* in_place, const Term* terms,
   using V = Vec<T>;
   constexpr int L = V::lanes;
   constexpr int pointers = Wide ? Vecs : Rows;
-  constexpr bool all_lines = Wide && (Rows <= 2 || Vecs <= 4) && (Chains == 1 || Rows * Vecs > 12);
-  constexpr int lines = all_lines ? Vecs : Wide || Vecs > 1;  // that a term asks for
+  // Two chains of few sums load as often as they multiply: of a patch, they ask for nothing.
+  constexpr bool few = Chains == 2 && Rows * Vecs <= 12 && std::is_same_v<S, T>;
+  constexpr bool all_lines = Wide && (Rows <= 2 || Vecs <= 4) && !few;
+  constexpr int lines = few ? 0 : all_lines ? Vecs : Wide || Vecs > 1;  // that a term asks for
   const int64_t* position = finish ? finish->position : nullptr;
   const int far = all_lines && length[0] > 64 ? 1 : 2;  // tiles
   for (; tiles > 0; --tiles, in_place += pointers, total += Rows * Vecs * L) {
