@@ -3,6 +3,7 @@
 #pragma once
 
 #include "conv_grids.h"
+#include "neighbour_tiles.h"
 
 namespace torch_naiveconv::TNC_ISA {
 
@@ -391,6 +392,7 @@ class PixelProduct {
     const T** row;                // part after part
     const S** narrow;             // instead: 16-bit pixels in place
     int64_t *position, *rows_of;  // of each row in the result; of each part
+    int64_t* width_of;            // neighbours in the rows of each part
     int64_t packed_lanes = -1;    // the block whose panels are kept
     bool special = false;         // was an infinity or a NaN stored?
   };
@@ -423,7 +425,7 @@ class PixelProduct {
     arena.reset(Arena::bytes_for<T>(totals) + Arena::bytes_for<T>(panel) +
                 Arena::bytes_for<T>(patch) + Arena::bytes_for<T>(bias) +
                 2 * Arena::bytes_for<const T*>(rows) + Arena::bytes_for<int64_t>(rows) +
-                Arena::bytes_for<int64_t>(panels_ * parts_));
+                2 * Arena::bytes_for<int64_t>(panels_ * parts_));
     Workspace w;
     w.totals = arena.take<T>(totals);
     w.panel = arena.take<T>(panel);
@@ -433,6 +435,7 @@ class PixelProduct {
     w.narrow = arena.take<const S*>(rows);
     w.position = arena.take<int64_t>(rows);
     w.rows_of = arena.take<int64_t>(panels_ * parts_);
+    w.width_of = arena.take<int64_t>(panels_ * parts_);
     return w;
   }
 
@@ -527,6 +530,7 @@ class PixelProduct {
             }
           }
       w.rows_of[i] = next - first;
+      w.width_of[i] = width;
     }
   }
 
@@ -643,7 +647,7 @@ class PixelProduct {
         const Part& part = all.part[i];
         const Finish<T, S>* const closes = finish && g == part.last_group ? &here : nullptr;
         if (rows[i] > 0 && (g == 0 || part.start[g] < part.start[g + 1]))
-          multiply_part(w, s.tile, part, g, row, rows[i], panel, total, closes);
+          multiply_part(w, s.tile, k * parts_ + i, g, row, rows[i], panel, total, closes);
         here.position += rows[i];
         row += rows[i];
         total += rows[i] * pitch_of(s.tile);
@@ -661,24 +665,61 @@ class PixelProduct {
                g + 1 < s.g1 ? start[2] - start[1] : 0);
   }
 
-  void multiply_part(const Workspace& w, const LaneTile& tile, const Part& part, int64_t g,
-                     int64_t row, int64_t rows, const T* panel, T* total,
-                     const Finish<T, S>* finish) const {
+  void multiply_part(const Workspace& w, const LaneTile& tile, int64_t i, int64_t g, int64_t row,
+                     int64_t rows, const T* panel, T* total, const Finish<T, S>* finish) const {
+    const Part& part = panel_[i / parts_].part[i % parts_];
     const Term* const terms = part.term + part.start[g];
     const int32_t* const length = part.length + g * K::chains;
     const auto multiply_wide = [&](const auto* const* vector) {
       multiply_vectors<T, K::chains>(vector, rows, terms, length, panel, tile.lanes, total, g > 0,
                                      tile.vecs, run_terms_, finish);
     };
-    if (wide_ && (patched_ || !widens))
-      multiply_wide(w.row + row);
-    else if (wide_)
-      multiply_wide(w.narrow + row);
-    else if constexpr (widens)
-      multiply_rows<T, K::chains>(w.row + row, rows, terms, length, panel, tile.vecs, total, g > 0);
-    else
-      multiply_rows<T, K::chains>(w.row + row, rows, terms, length, panel, tile.vecs, total, g > 0,
+    if (wide_ && (patched_ || !widens)) return multiply_wide(w.row + row);
+    if (wide_) return multiply_wide(w.narrow + row);
+    const T* const* const first = w.row + row;
+    if constexpr (widens) {
+      multiply_rows<T, K::chains>(first, rows, terms, length, panel, tile.vecs, total, g > 0);
+    } else {
+      if constexpr (has_neighbour_tiles<T>)
+        if (const int some = neighbours_of(tile, part, w.width_of[i]); some > 0)
+          return multiply_image_rows(some, w.width_of[i], part, g, first, rows, panel, total,
+                                     finish);
+      multiply_rows<T, K::chains>(first, rows, terms, length, panel, tile.vecs, total, g > 0,
                                   apart_, finish);
+    }
+  }
+
+  // So many pixels side by side share what they read; 0 if tiles of any pixels are as good.
+  int neighbours_of(const LaneTile& tile, const Part& part, int64_t width) const {
+    const GridAxis& axis = part.grid[2];
+    const int64_t taps = part.stretch[2].taps;
+    const bool some_taps = taps == 3 || taps == 5 || taps == 7;
+    const bool neighbours = axis.image_step == 1 && std::llabs(axis.shift_step) == 1;
+    return tile.vecs == 1 && some_taps && neighbours ? neighbour_rows_of(width) : 0;
+  }
+
+  // Image row after image row, `some` neighbours at a time.
+  void multiply_image_rows(int some, int64_t width, const Part& part, int64_t g,
+                           const T* const* row, int64_t rows, const T* panel, T* total,
+                           const Finish<T>* finish) const {
+    const Term* const terms = part.term + part.start[g];
+    const int32_t* const length = part.length + g;
+    const auto multiply = neighbour_tiles_of<T>(some, part.stretch[2].taps);
+    const int64_t onward = part.grid[2].shift_step;  // as the taps move
+    const int64_t tiles = width / some, rest = width % some;
+    for (int64_t first = 0; first < rows; first += width) {
+      const int64_t begin = onward > 0 ? first : first + width - 1;
+      multiply(tiles,
+               {row[begin], onward * row_step_[2], total + begin * L, onward * L,
+                finish ? finish->position + begin : nullptr},
+               terms, *length, panel, g > 0, finish);
+      if (rest == 0) continue;
+      const int64_t left = onward > 0 ? first + width - rest : first;
+      Finish<T> here = finish ? *finish : Finish<T>{};
+      here.position += left;
+      multiply_rows<T, 1>(row + left, rest, terms, length, panel, 1, total + left * L, g > 0,
+                          apart_, finish ? &here : nullptr);
+    }
   }
 
   void multiply_turned_rows(const Workspace& w, const Step& s) const {
