@@ -144,6 +144,27 @@ NAMED = {
         [(14, 14, 14, 1, 0, 0), (224, 14, 14, 1, 0, 0)],
     ),
     "kernel larger than the image": (2, 20, 20, 1, [(3, 7, 1, 1, 3, 3)] * 2),
+    "neighbours, rows of three": (2, 16, 16, 1, [(5, 3, 1, 1, 1, 1), (28, 3, 1, 1, 1, 1)]),
+    "neighbours, rows of five": (2, 11, 13, 1, [(7, 5, 1, 1, 0, 0), (29, 5, 1, 1, 2, 2)]),
+    "neighbours, rows of seven": (2, 6, 9, 1, [(7, 7, 1, 1, 3, 3), (18, 7, 1, 1, 0, 0)]),
+    "neighbours, a rest of each size": (
+        1,
+        5,
+        8,
+        1,
+        [(2, 2, 1, 1, 0, 0), (2, 1, 1, 1, 0, 0), (31, 3, 1, 1, 1, 1)],
+    ),
+    "pointwise, few rows of a gradient": (
+        2,
+        80,
+        2,
+        1,
+        [(1, 1, 1, 1, 0, 0), (40 * 70, 1, 1, 1, 0, 0)],
+    ),
+    "pointwise, 64 lanes": (1, 70, 64, 1, [(10, 1, 1, 1, 0, 0), (21, 1, 1, 1, 0, 0)]),
+    "pointwise, 65 lanes": (1, 70, 65, 1, [(10, 1, 1, 1, 0, 0), (21, 1, 1, 1, 0, 0)]),
+    "two groups of terms that slide": (2, 28, 28, 4, [(15, 3, 1, 1, 1, 1), (33, 3, 1, 1, 1, 1)]),
+    "two groups of terms that slide, 5x5": (2, 4, 4, 2, [(9, 5, 2, 1, 2, 2), (37, 5, 2, 1, 2, 2)]),
 }
 
 
@@ -162,6 +183,19 @@ def test_every_number_of_windows_that_touch(layout, dtype):
         draw, batch, channels = random.Random(windows), 128 // windows + 1, windows % 5 + 1
         values = ("normal", "tiny", "wild")[windows % 3]
         check(draw, dtype, values, batch, channels, 1 + windows // 3, 1, axes, layout)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_every_row_of_neighbours(kernel, layout):
+    """Image rows from one pixel to beyond two tiles of neighbours, whose rest other tiles take."""
+    for width in range(1, 32):
+        draw = random.Random(width)
+        pad = draw.randrange(kernel)
+        axes = [(3, 2, 1, 1, 0, 0), (width, kernel, 1, 1, pad, kernel - 1 - pad)]
+        values = ("normal", "tiny", "wild")[width % 3]
+        for dtype in (torch.float32, torch.float64):
+            check(draw, dtype, values, 2, 7 + width, 1 + width % 16, 1, axes, layout)
 
 
 def test_every_remainder():

@@ -202,12 +202,24 @@ void in_place_tile(const InPlacePlan<T>& plan, const TapRow<T>* rows, int row_co
       }
     }
     const V bias = V::load(plan.bias + channel);
+    V special[2] = {V::zero(), V::zero()};  // NaN where an infinity or a NaN is among the sums
     each([&](int r, int i) __attribute__((always_inline)) {
-      if (edge && (i < first || i >= end)) return;
-      V sum = sum_of(acc[r][i]);
+      V& sum = acc[r][i][0];
+      sum = sum_of(acc[r][i]);
       if constexpr (chains == 2) sum = total[r][i] + sum;
-      result_of<T>(sum + bias).store(to + channel + r * out_row + i * out_pixel);
+      sum = sum + bias;
+      special[i % 2] = fma(sum, V::zero(), special[i % 2]);
     });
+    const auto store = [&](const auto& result) __attribute__((always_inline)) {
+      each([&](int r, int i) __attribute__((always_inline)) {
+        if (edge && (i < first || i >= end)) return;
+        result(acc[r][i][0]).store(to + channel + r * out_row + i * out_pixel);
+      });
+    };
+    if (V::any(is_nan(special[0] + special[1])))
+      store([](V sum) { return canonical(sum); });
+    else
+      store([](V sum) { return sum; });
   }
 }
 
