@@ -52,6 +52,15 @@ NAMED = {
     "pointwise, strided": (2, 70, 40, 1, [(13, 1, 2, 1, 0, 0)] * 2),
     "phases that share a patch": (2, 3, 40, 1, [(37, 7, 2, 1, 3, 3)] * 2),
     "phases that share patches of some channels": (1, 3, 700, 1, [(50, 5, 3, 1, 2, 1)] * 2),
+    # Boxes of one row, of which the last of a sample has none of the second phase.
+    "phases of which boxes have none": (3, 2, 8, 1, [(5, 5, 2, 1, 2, 2), (2000, 3, 1, 1, 1, 1)]),
+    "phases in fours of which boxes have none": (
+        3,
+        2,
+        8,
+        1,
+        [(9, 7, 4, 1, 3, 3), (4001, 7, 4, 1, 3, 3)],
+    ),
     "phases with gaps": (1, 2, 300, 1, [(40, 5, 2, 2, 3, 0), (41, 4, 3, 1, 1, 2)]),
     "phases of volumes": (1, 1, 150, 1, [(9, 3, 2, 1, 1, 1), *[(20, 3, 2, 1, 1, 1)] * 2]),
     "vectors of pixels, patches of some channels": (2, 3, 300, 1, [(30, 3, 1, 1, 1, 1)] * 2),

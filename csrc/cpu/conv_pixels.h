@@ -461,7 +461,20 @@ class PixelProduct {
       }
       multiply_groups(place, w, g0, g1);
     }
-    if (keeps_panels_) w.packed_lanes = lanes_of(place);
+    // A phase without pixels in the box has packed nothing.
+    if (keeps_panels_ && w.packed_lanes != lanes_of(place))
+      w.packed_lanes = each_panel_has_rows(w) ? lanes_of(place) : -1;
+  }
+
+  int64_t rows_of_panel(const Workspace& w, int i) const {
+    int64_t rows = 0;
+    for (int64_t j = 0; j < parts_; ++j) rows += w.rows_of[i * parts_ + j];
+    return rows;
+  }
+  bool each_panel_has_rows(const Workspace& w) const {
+    bool yes = true;
+    for (int i = 0; i < panels_; i += at_once()) yes = yes && rows_of_panel(w, i) > 0;
+    return yes;
   }
 
   Place place_of(int64_t task) const {
@@ -567,8 +580,7 @@ class PixelProduct {
     const int64_t tiles = wide_ ? up(call_.lanes, Size::wide_rows / chains_held_) : block.tiles;
     const int64_t first_lane = wide_ ? 0 : block.first_vec * L;
     for (int i = 0; i < panels_; i += at_once()) {
-      int64_t rows = 0;
-      for (int64_t j = 0; j < parts_; ++j) rows += w.rows_of[i * parts_ + j];
+      const int64_t rows = rows_of_panel(w, i);
       T* total = w.totals + (one_chunk_ ? 0 : i * totals_of_panel());
       for (int64_t j = 0; j < tiles && rows > 0; ++j) {
         const LaneTile tile = wide_ ? tile_of_rows(tiles, j) : block.tile(j);

@@ -81,8 +81,8 @@ struct InPlacePlan {
   TapRun run[256];                    // of a row of taps, and of one in which a group of terms ends
   int runs[2];
   int32_t lane[Vec<Total<T>>::lanes][Vec<Total<T>>::lanes];  // the lanes' channels for each plane
-  int64_t spacing;  // from one column of a tile to the next
-  bool fetches_ahead;
+  int64_t spacing;                        // from one column of a tile to the next
+  bool asks_for_source, asks_for_result;  // ahead
 };
 
 // Are the input and output more than the caches between a core and the memory are taken to hold?
@@ -117,7 +117,8 @@ void in_place_tile(const InPlacePlan<T>& plan, const TapRow<T>* rows, int row_co
   const int64_t pitch = plan.spacing * plan.source.stride[4];
   const int64_t new_rows = most(1, height * least(plan.axis[1].step, 2) / plan.axis[1].period);
   const int64_t new_elements = pixels * least(plan.axis[2].step, 2) / plan.axis[2].period * L;
-  const int64_t asking = plan.fetches_ahead ? most(new_rows, height) : 0;  // rows
+  const int64_t source_asked = plan.asks_for_source ? new_rows : 0;  // rows
+  const int64_t result_asked = plan.asks_for_result ? height : 0;
   const int64_t out_pixel = plan.written.stride[4], out_row = plan.written.stride[3];
   const int64_t blocks = up(plan.channels, L);
   const int first = edge && w < 0 ? static_cast<int>(-w) : 0;
@@ -147,12 +148,11 @@ void in_place_tile(const InPlacePlan<T>& plan, const TapRow<T>* rows, int row_co
     int group = 0, even = 0;  // `even`: the parity of the terms whose chain is the first
     for (const TapRow<T>* row = rows; row < rows + row_count; ++row) {
       // Row by row: more at once, and what is read now would have to wait.
-      if (const int64_t r = row - rows; r < asking) {
-        for (int64_t i = 0; r < new_rows && i < new_elements; i += line)
-          prefetch(ahead + r * plan.source.stride[3] + b * new_elements + i);
-        for (int64_t i = 0; r < height && i < pixels * L; i += line)
-          prefetch(to + (height + r) * out_row + b * pixels * L + i);
-      }
+      const int64_t r = row - rows;
+      for (int64_t i = 0; r < source_asked && i < new_elements; i += line)
+        prefetch(ahead + r * plan.source.stride[3] + b * new_elements + i);
+      for (int64_t i = 0; r < result_asked && i < pixels * L; i += line)
+        prefetch(to + (height + r) * out_row + b * pixels * L + i);
       const bool ends = chains == 2 && row->ends_group;
       for (int j = ends ? plan.runs[0] : 0; j < plan.runs[ends]; ++j) {
         const TapRun& run = runs[j];
@@ -386,11 +386,13 @@ bool map_in_place(const ConvProblem& p) {
   plan.channels = transposed ? s.in_channels : s.out_channels;
   plan.planes = s.group_in();
   plan.numbers = plan.planes * s.taps();
-  plan.fetches_ahead = exceeds_caches<T>(p);
+  plan.asks_for_source = exceeds_caches<T>(p);
   for (int a = 0; a < 3; ++a) plan.axis[a] = MapAxis::of(s.axis[a], transposed);
   const Axis& along = s.axis[2];
   const int kernel = static_cast<int>(along.kernel);
   const bool phases = transposed && along.stride == 2;
+  // Four times as large as what is read, its lines are soon gone from the nearer caches.
+  plan.asks_for_result = plan.asks_for_source || phases;
   const bool grouped = plan.planes > 1;
   if (s.group_in() != s.group_out() || plan.channels < L || plan.numbers > most_taps ||
       (grouped && (!joins_windows<Vec<E>> || L % plan.planes != 0)) || plan.source.stride[1] != 1 ||
