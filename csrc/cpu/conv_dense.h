@@ -8,8 +8,9 @@
 //
 // Rows are never packed: the microkernel reads a row through a pointer and one offset per term that
 // all rows share, so a window, a stride and a dilation cost nothing. They point into the image
-// itself or, where a tap can meet padding or the elements are 16-bit, into a zero-padded copy (a
-// patch) of the few channels in work. Lanes come from panels of one group of terms.
+// itself or, where a tap can meet padding or 16-bit elements serve more than one, into a
+// zero-padded copy (a patch) of the few channels in work. Lanes come from panels of one group of
+// terms.
 //
 // Start reading at run_dense, at the end; multiply_images (conv_pixels.h) and multiply_windows
 // (conv_windows.h) are the loops; the other files have ways of their own for a few shapes.
