@@ -2,7 +2,6 @@
 // Every window looks up the one input that it chose. Planes (several channels of one image) go side
 // by side, so that the additions to one input, which wait for each other, do not make all wait.
 #include <algorithm>
-#include <limits>
 #include <memory>
 #include <vector>
 
@@ -53,6 +52,31 @@ T result_of(Total<T> sum) {
     return narrow<T>(sum);
   } else {
     return canonical(sum);
+  }
+}
+
+constexpr int64_t abreast = 8;  // planes side by side
+
+// What lies next to each other in so many planes, loaded at once where that can be: single loads
+// are what limits the core here.
+struct Bytes {
+  uint64_t all;
+  uint8_t operator[](int64_t plane) const { return static_cast<uint8_t>(all >> 8 * plane); }
+};
+template <class E>
+inline auto together(const E* from) {
+  if constexpr (std::is_same_v<E, float>) {
+    typedef float Together __attribute__((vector_size(abreast * sizeof(float))));
+    Together all;
+    __builtin_memcpy(&all, from, sizeof(all));
+    // Or the compiler would load them singly. A sum that began at +0 is not changed by it.
+    return all + Together{};
+  } else if constexpr (std::is_same_v<E, uint8_t>) {
+    uint64_t all = 0;
+    for (int64_t plane = 0; plane < abreast; ++plane) all |= uint64_t{from[plane]} << 8 * plane;
+    return Bytes{all};
+  } else {
+    return from;
   }
 }
 
@@ -107,9 +131,7 @@ class Scatter {
     return true;
   }
 
-  // False: the places of a window are more than an entry can count.
-  bool run() const {
-    if (room_ > std::numeric_limits<Entry>::max()) return false;
+  void run() const {
     parallel_for(images_ * groups_ * bands_, 1 + 8192 / (s_.outputs() * side_ / bands_ + 1),
                  FloatEnvironment::gradual, [&](int64_t begin, int64_t end) {
                    const int64_t size = held_ * row_ + margin_;
@@ -127,14 +149,11 @@ class Scatter {
                      scatter(b, buffer.get());
                    }
                  });
-    return true;
   }
 
  private:
   // An offset of a byte needs no test: all 256 are listed.
   static constexpr bool byte = sizeof(Index) == 1 && !flat;
-  // Short lists of them leave the first cache to the sums.
-  using Entry = std::conditional_t<flat, int64_t, int32_t>;
 
   // Padded rows [begin, end), those of all depths counted together, in some planes.
   struct Band {
@@ -153,20 +172,20 @@ class Scatter {
     const Axis &d = s_.axis[0], &h = s_.axis[1], &w = s_.axis[2];
     const int64_t lists = byte && !channels_last_ ? abreast : 1;
     entries_.assign(byte ? lists * 256 : flat ? s_.inputs() : s_.taps(), nowhere);
-    Entry* entry = entries_.data();
+    int64_t* entry = entries_.data();
     if (flat) {
       for (int64_t id = 0; id < d.in; ++id)
         for (int64_t ih = 0; ih < h.in; ++ih)
           for (int64_t iw = 0; iw < w.in; ++iw)
-            *entry++ = static_cast<Entry>(padded(id + d.pad, ih + h.pad, iw + w.pad));
+            *entry++ = padded(id + d.pad, ih + h.pad, iw + w.pad);
       return;
     }
     for (int64_t kd = 0; kd < d.kernel; ++kd)
       for (int64_t kh = 0; kh < h.kernel; ++kh)
         for (int64_t kw = 0; kw < w.kernel; ++kw, ++entry)
           for (int64_t plane = 0; plane < lists; ++plane)
-            entry[plane * 256] = static_cast<Entry>(
-                padded(kd * d.dilation, kh * h.dilation, kw * w.dilation) + plane * pitch_);
+            entry[plane * 256] =
+                padded(kd * d.dilation, kh * h.dilation, kw * w.dilation) + plane * pitch_;
   }
 
   void scatter(const Band& b, Total<T>* buffer) const {
@@ -228,10 +247,7 @@ class Scatter {
         if (channels_last_ ? b.planes == step_ && pixel == step_ : pixel == 1)
           write(to, sums, w.in * step_);
         else if (channels_last_)
-          for (int64_t i = 0; i < w.in; ++i) {
-            prefetch(to + (i + pixels_ahead) * pixel, b.planes);
-            write(to + i * pixel, sums + i * step_, b.planes);
-          }
+          for (int64_t i = 0; i < w.in; ++i) write(to + i * pixel, sums + i * step_, b.planes);
         else
           for (int64_t i = 0; i < w.in; ++i) to[i * pixel] = result_of<T>(sums[i]);
         if (clears_rows_) std::fill_n(sums, w.in * step_, Total<T>(0));
@@ -264,7 +280,7 @@ class Scatter {
 
   // Adds to the sum that a window chose; `to` and `first` as above, for this window.
   struct Lookup {
-    const Entry* entries;
+    const int64_t* entries;
     uint64_t size, room;
 
     void add(T grad, Index index, Total<T>* to, int64_t first) const {
@@ -279,10 +295,13 @@ class Scatter {
   // A window in planes whose sums lie next to each other.
   void add_pixel(const Lookup& lookup, int64_t planes, const T* grad, const Index* index,
                  Total<T>* to, int64_t first) const {
-    for (; planes >= abreast; planes -= abreast, grad += abreast, index += abreast, to += abreast)
+    for (; planes >= abreast; planes -= abreast, grad += abreast, index += abreast, to += abreast) {
+      const auto grads = together(grad);
+      const auto choices = together(index);
 #pragma GCC unroll 8
-      for (int64_t plane = 0; plane < abreast; ++plane)
-        lookup.add(grad[plane], index[plane], to + plane, first);
+      for (int plane = 0; plane < abreast; ++plane)
+        lookup.add(grads[plane], choices[plane], to + plane, first);
+    }
     for (int64_t plane = 0; plane < planes; ++plane)
       lookup.add(grad[plane], index[plane], to + plane, first);
   }
@@ -328,12 +347,11 @@ class Scatter {
   }
 
   static constexpr int64_t nowhere = -1;
-  static constexpr int64_t abreast = 8;  // planes of NCHW
   static constexpr int64_t pixels_ahead = 4;
 
   const PoolProblem& p_;
   const PoolShape& s_;
-  std::vector<Entry> entries_;
+  std::vector<int64_t> entries_;
   bool channels_last_;
   bool clears_rows_;  // when they are written and in the first cache, which a whole plane is not
   int64_t images_, planes_, side_, groups_;
@@ -398,7 +416,8 @@ bool run_pool_by_index(const PoolProblem& p) {
       using Index = decltype(index);
       const auto scatter = [&](auto flat) {
         using Map = Scatter<T, Index, decltype(flat)::value>;
-        done = Map::fits(p.shape) && Map(p).run();
+        done = Map::fits(p.shape);
+        if (done) Map(p).run();
       };
       if (p.direction == PoolDirection::gather)
         gather<T, Index>(p);

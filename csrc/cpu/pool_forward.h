@@ -29,7 +29,7 @@ inline void read_as(const void* from, int64_t stride, int64_t count, Lane<T>* __
   if (stride == 1 && count >= line)
     for (int64_t i = 0; i < count; i += line) {
       i = std::min(i, count - line);
-      prefetch_loads(source + i, line_bytes);
+      prefetch(source + i, line_bytes);
       for (int64_t j = i; j < i + line; ++j) to[j] = convert(source[j]);
     }
   else
@@ -44,7 +44,7 @@ inline void write_as(void* to, int64_t stride, int64_t count, const Lane<T>* __r
   if (stride == 1 && count >= line)
     for (int64_t i = 0; i < count; i += line) {
       i = std::min(i, count - line);
-      prefetch_stores(target + i, line_bytes);
+      prefetch(target + i, line_bytes);
       for (int64_t j = i; j < i + line; ++j) target[j] = convert(from[j]);
     }
   else
@@ -135,6 +135,11 @@ inline void challenge(Best<L>& best, const Best<L>& next) {
 struct Tap {
   int64_t at, index;
 };
+// The places of those taps that reach what no window before has: what comes there is asked for.
+struct Ahead {
+  int64_t* at = nullptr;
+  int64_t count = 0;
+};
 
 // Rows of lanes. No index: every one is 0.
 template <class L>
@@ -152,7 +157,7 @@ struct Rows {
 // row. Unless `exact`, up to a vector behind every row is read and written too (of indices always).
 template <bool indexed, bool last, bool exact, bool carried, class L>
 void fold_as(Rows<L> to, Rows<L> from, int64_t rows, int64_t count, const Tap* taps,
-             int64_t tap_count) {
+             int64_t tap_count, Ahead ahead = {}) {
   using I = LaneIndex<L>;
   const bool whole = !exact || count >= lanes<L>;
   for (int64_t r = 0; r < rows; ++r) {
@@ -161,6 +166,8 @@ void fold_as(Rows<L> to, Rows<L> from, int64_t rows, int64_t count, const Tap* t
     for (int64_t i = 0; i < count; i += lanes<L>) {
       // The last vector overlaps the one before it rather than being a part of one.
       if (exact && whole) i = std::min(i, count - lanes<L>);
+      if (vector_bytes >= line_bytes || i * int64_t(sizeof(L)) % line_bytes == 0)
+        for (int64_t k = 0; k < ahead.count; ++k) prefetch(value + i + ahead.at[k], line_bytes);
       const auto tap = [&](const Tap& t) {
         Best<L> best;
         const L* const place = value + i + t.at;
@@ -174,7 +181,7 @@ void fold_as(Rows<L> to, Rows<L> from, int64_t rows, int64_t count, const Tap* t
       Best<L> best = tap(taps[0]);
       for (int64_t k = 1; k < tap_count; ++k) challenge<indexed, last, L>(best, tap(taps[k]));
       L* const target = to.value + r * to.pitch + i;
-      if (exact) prefetch_stores(target, vector_bytes);
+      if (exact) prefetch(target, vector_bytes);
       if (whole)
         store(target, best.value);
       else
@@ -260,7 +267,7 @@ void across_rows(const L* from, int64_t pitch, int64_t rows, const Axis& width, 
       o = std::min(o, end);  // the last vector overlaps the one before it
       const int64_t first = o * stride - width.pad;
       const L* const place = from + r * pitch + first;
-      prefetch_loads(place, stride * vector_bytes);
+      prefetch(place, stride * vector_bytes);
       Best<L> best;
       if (first >= 0 && first + (V - 1) * stride + kernel <= width.in) {
         best = row_winners<stride, kernel, false, indexed, last, L>(place, nullptr, low, step);
@@ -336,12 +343,14 @@ class Forward {
   struct InputRow {
     const L* data;
     int64_t index;  // what the row adds to the index
+    bool reached_first;
   };
   struct Buffers {
     L* staged;
     Rows<L> across, down, deep;
     InputRow* input_rows;
     Tap* taps;
+    int64_t* ahead;
   };
 
   // ---- the plan
@@ -470,7 +479,7 @@ class Forward {
   int64_t scratch_bytes() const {
     const int64_t both = sizeof(L) + sizeof(I), slack = 1024;
     int64_t bytes = s_.axis[0].kernel * s_.axis[1].kernel * int64_t(sizeof(InputRow)) +
-                    tap_room() * int64_t(sizeof(Tap)) + slack;
+                    tap_room() * int64_t(sizeof(Tap) + sizeof(int64_t)) + slack;
     if (direct_)
       return bytes + across_size() * both + direct_indices() * int64_t(sizeof(I)) +
              (direct_inputs() + direct_values()) * int64_t(sizeof(L)) + slack;
@@ -480,6 +489,7 @@ class Forward {
     Buffers b{};
     b.input_rows = scratch.take<InputRow>(s_.axis[0].kernel * s_.axis[1].kernel);
     b.taps = scratch.take<Tap>(tap_room());
+    b.ahead = scratch.take<int64_t>(tap_room());
     if (direct_) {
       b.across.value = scratch.take<L>(across_size());
       b.across.index = scratch.take<I>(across_size());
@@ -518,6 +528,8 @@ class Forward {
     return static_cast<char*>(p_.index.data) +
            offset(p_.index, t.n, t.channel, t.od, oh, ow) * codec_.index_size;
   }
+  // Does tap k reach inputs that no window before has reached? (With dilation, not all of them.)
+  static bool is_reached_first(const Axis& a, int64_t k) { return k >= a.kernel - a.stride; }
   // Do all taps of output o exist?
   static bool whole(const Axis& a, int64_t o) {
     return a.holds_input(a.input_of(o, 0)) && a.holds_input(a.input_of(o, a.kernel - 1));
@@ -532,7 +544,7 @@ class Forward {
       step = w.stride;
     }
     const int64_t outer = p_.index.stride[4];
-    prefetch_stores(index_at(t, oh, t.column), t.columns * t.lanes * codec_.index_size);
+    prefetch(index_at(t, oh, t.column), t.columns * t.lanes * codec_.index_size);
     if (!channels_last_)
       return codec_.write_index(index_at(t, oh, t.column), outer, t.columns, index, base, step);
     if (step == 0 && outer == t.lanes && p_.index.stride[1] == 1)
@@ -664,7 +676,8 @@ class Forward {
         const int64_t ih = h.input_of(oh, kh);
         if (!h.holds_input(ih)) continue;
         b.input_rows[row_count++] = {reinterpret_cast<const L*>(input_at(t, id, ih, 0)),
-                                     kd * weight_[0] + kh * weight_[1]};
+                                     kd * weight_[0] + kh * weight_[1],
+                                     is_reached_first(d, kd) && is_reached_first(h, kh)};
       }
     }
     if (row_count == 0) return pool_by_specification(t, oh);
@@ -680,17 +693,22 @@ class Forward {
       if (first == 0 && end == w.kernel)
         while (columns < most && ow + columns < w.out && whole(w, ow + columns)) ++columns;
       int64_t tap_count = 0;
+      Ahead ahead{b.ahead};
       for (int64_t r = 0; r < row_count; ++r)
-        for (int64_t k = first; k < end; ++k)
-          b.taps[tap_count++] = {
+        for (int64_t k = first; k < end; ++k) {
+          b.taps[tap_count] = {
               b.input_rows[r].data - b.input_rows[0].data + w.input_of(ow, k) * in_pitch,
               b.input_rows[r].index + k * weight_[2]};
+          if (b.input_rows[r].reached_first && is_reached_first(w, k))
+            ahead.at[ahead.count++] = b.taps[tap_count].at;
+          ++tap_count;
+        }
       if (tap_count == 0) {
         for (int64_t c = 0; c < t.lanes; ++c) max_pool_forward_at(p_, {t.n, c, t.od, oh, ow});
       } else {
         const Rows<L> from{const_cast<L*>(b.input_rows[0].data), nullptr, w.stride * in_pitch};
         const Rows<L> to{output + ow * out_pitch, b.down.index, t.lanes};
-        fold_rows<false>(to, out_pitch, from, columns, t.lanes, b.taps, tap_count);
+        fold_rows<false>(to, out_pitch, from, columns, t.lanes, b.taps, tap_count, ahead);
         if constexpr (indexed) {
           Tile part = t;
           part.column = ow, part.columns = columns;
@@ -704,15 +722,15 @@ class Forward {
   // fold_as, to rows of values `value_pitch` apart and of indices to.pitch apart.
   template <bool carried>
   void fold_rows(Rows<L> to, int64_t value_pitch, Rows<L> from, int64_t rows, int64_t count,
-                 const Tap* taps, int64_t tap_count) const {
+                 const Tap* taps, int64_t tap_count, Ahead ahead = {}) const {
     constexpr auto* fold = fold_as<indexed, last, true, carried, L>;
     if (!indexed || to.pitch == value_pitch) {
       to.pitch = value_pitch;
-      return fold(to, from, rows, count, taps, tap_count);
+      return fold(to, from, rows, count, taps, tap_count, ahead);
     }
     for (int64_t r = 0; r < rows; ++r) {
       const Rows<L> one{to.value + r * value_pitch, to.index + r * to.pitch, 0};
-      fold(one, from.at(r * from.pitch), 1, count, taps, tap_count);
+      fold(one, from.at(r * from.pitch), 1, count, taps, tap_count, ahead);
     }
   }
 
@@ -721,9 +739,9 @@ class Forward {
   static void fold(Rows<L> to, Rows<L> from, int64_t rows, int64_t count, const Tap* taps,
                    int64_t tap_count) {
     if (from.index)
-      fold_as<indexed, last, false, true, L>(to, from, rows, count, taps, tap_count);
+      fold_as<indexed, last, false, true>(to, from, rows, count, taps, tap_count);
     else
-      fold_as<indexed, last, false, false, L>(to, from, rows, count, taps, tap_count);
+      fold_as<indexed, last, false, false>(to, from, rows, count, taps, tap_count);
   }
 
   // Winners of `kernel` taps that lie `shift` lanes apart, in place; `index` receives them.

@@ -191,10 +191,15 @@ void add_terms(const Sums<L>& s, int64_t rows, int64_t phases, int64_t count, co
     if (++phase == phases) phase = 0, ++row;
     const auto sums = [&](int64_t i, auto vectors, bool whole) {
       constexpr int n = decltype(vectors)::value;
-      Vec<L> sum[n] = {};
+      Vec<L> sum[n];
+#pragma GCC unroll 4
+      for (int v = 0; v < n; ++v) sum[v] = Vec<L>{};
+      // The last window is the one that inputs before these have not asked.
+      if (exact && terms != terms_end) prefetch(grad + terms_end[-1].grad + i, n * vector_bytes);
       for (const Term* term = terms; term != terms_end; ++term) {
         const Term& t = *term;
         const Choices<L> own = Masked::choice<L>(t.own);
+#pragma GCC unroll 4
         for (int v = 0; v < n; ++v) {
           const L* const g = grad + t.grad + i + v * V;
           const uint8_t* const chosen = index + t.index + i + v * V;
@@ -207,8 +212,9 @@ void add_terms(const Sums<L>& s, int64_t rows, int64_t phases, int64_t count, co
                                load_clipped(g, 0, count - i, L(0)));
         }
       }
+#pragma GCC unroll 4
       for (int v = 0; v < n; ++v) {
-        if (exact) prefetch_stores(to + i + v * V, vector_bytes);
+        if (exact) prefetch(to + i + v * V, vector_bytes);
         if (whole)
           store(to + i + v * V, canonical_sum<L>(sum[v]));
         else
@@ -286,7 +292,7 @@ void expand_rows(GradRow<L> row, int64_t grad_pitch, int64_t index_pitch, int64_
           phase[k] = Masked::pick<L>(Masked::equal<L>(chosen, row.own[kh * stride + k]), sum);
         join<stride, L>(phase, out);
         L* const row = to + kh * pitch + o * stride;
-        prefetch_stores(row, stride * vector_bytes);
+        prefetch(row, stride * vector_bytes);
         for (int v = 0; v < stride; ++v)
           if (windows >= V)
             store(row + v * V, out[v]);
@@ -306,12 +312,13 @@ void expand_pixel(const L* grad, const uint8_t* index, int64_t channels, const C
   constexpr int V = lanes<L>;
   for (int64_t c = 0; c < channels; c += V) {
     c = std::min(c, channels - V);  // the last vector overlaps the one before it
+    prefetch(grad + c, vector_bytes);
     const Vec<L> sum = canonical_sum<L>(load(grad + c) + Vec<L>{});
     const Choices<L> chosen = Masked::choices<L>(index + c);
     for (int64_t kh = 0; kh < height; ++kh)
       for (int64_t kw = 0; kw < width; ++kw) {
         L* const target = to + kh * pitch + kw * pixel + c;
-        prefetch_stores(target, vector_bytes);
+        prefetch(target, vector_bytes);
         store(target, Masked::pick<L>(Masked::equal<L>(chosen, own[kh * width + kw]), sum));
       }
   }
@@ -362,7 +369,7 @@ inline void scatter_row(const GradRow<L>* rows, int64_t any, int64_t size, L* to
     for (auto& phase : sum) phase = canonical_sum<L>(phase);
     Vec<L> out[stride];
     join<stride, L>(sum, out);
-    prefetch_stores(to + i, stride * vector_bytes);
+    prefetch(to + i, stride * vector_bytes);
     for (int v = 0; v < stride; ++v)
       if (i <= whole)
         store(to + i + v * V, out[v]);
@@ -437,7 +444,7 @@ void scatter_blocks(const GradRow<L>* planes, int64_t plane_count, int64_t grad_
         Vec<L> out[stride];
         join<stride, L>(sum[v][r], out);
         L* const target = to + (row + r) * pitch;
-        prefetch_stores(target + i, stride * vector_bytes);
+        prefetch(target + i, stride * vector_bytes);
         for (int part = 0; part < stride; ++part)
           if (count > 1 || i <= whole)
             store(target + i + part * V, out[part]);

@@ -147,18 +147,13 @@ inline void store_clipped(L* row, int64_t first, int64_t size, Vec<L> v) {
 constexpr int64_t line_bytes = 64;  // of the caches
 
 // Tensors are walked in several streams at once, in short rows or pixels: the processor's own
-// prefetching finds such streams late and begins anew in every page. What comes soon is asked for
-// ahead, for each of the next `bytes` that are read or written. (Not inlined, these would be
-// functions without effects.)
-[[gnu::always_inline]] inline void prefetch(const void* from, int64_t ahead, int64_t bytes) {
-  const char* const first = static_cast<const char*>(from) + ahead;
+// prefetching finds such streams late and begins anew in every page. What comes a page later is
+// asked for, for each of the next `bytes` that are read or written. (Not inlined, it would be a
+// function without effects.)
+[[gnu::always_inline]] inline void prefetch(const void* from, int64_t bytes) {
+  constexpr int64_t page = 4096;
+  const char* const first = static_cast<const char*>(from) + page;
   for (int64_t at = 0; at < bytes; at += line_bytes) __builtin_prefetch(first + at);
-}
-[[gnu::always_inline]] inline void prefetch_loads(const void* from, int64_t bytes) {
-  prefetch(from, 2048, bytes);
-}
-[[gnu::always_inline]] inline void prefetch_stores(void* to, int64_t bytes) {
-  prefetch(to, 4096, bytes);
 }
 
 // ---- elements to lanes and back -----------------------------------------------------------------
