@@ -100,6 +100,11 @@ template <class V, class T>
 TNC_INLINE V closed(const T* earlier, V chain, bool resume) {
   return resume ? V::load(earlier) + chain : chain;
 }
+// The same of two chains.
+template <class V, class T>
+TNC_INLINE V closed(const T* earlier, V even, V odd, bool resume) {
+  return (resume ? V::load(earlier) : V::zero()) + (even + odd);
+}
 template <class V, class T, int Rows, int Vecs>
 TNC_INLINE void close_group(const V (&chain)[Rows][Vecs], T* total, bool resume) {
 #pragma GCC unroll 16
@@ -227,8 +232,7 @@ void multiply_tiles(int64_t tiles, const S* const* in_place, const Term* terms,
     const auto total_of = [&](int i, int j) __attribute__((always_inline)) {
       const T* const earlier = total + (i * Vecs + j) * L;
       if constexpr (Chains == 2)
-        return (group == Group::next ? V::load(earlier) : V::zero()) +
-               (chain[0][i][j] + chain[1][i][j]);
+        return closed(earlier, chain[0][i][j], chain[1][i][j], group == Group::next);
       else
         return closed(earlier, chain[0][i][j], group == Group::next);
     };
@@ -414,7 +418,7 @@ void multiply_turned(const T* const* row, int64_t row_step, const S* lane, int64
     for (int r = 0; r < Rows; ++r) {
       T* const to = total + r * pitch;
       if constexpr (Chains == 2)
-        ((resume ? V::load(to) : V::zero()) + (chain[r][0] + chain[r][1])).store(to);
+        closed(to, chain[r][0], chain[r][1], resume).store(to);
       else
         closed(to, chain[r][0], resume).store(to);
     }
