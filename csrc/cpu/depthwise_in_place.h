@@ -210,16 +210,13 @@ void in_place_tile(const InPlacePlan<T>& plan, const TapRow<T>* rows, int row_co
       sum = sum + bias;
       special[i % 2] = fma(sum, V::zero(), special[i % 2]);
     });
-    const auto store = [&](const auto& result) __attribute__((always_inline)) {
-      each([&](int r, int i) __attribute__((always_inline)) {
-        if (edge && (i < first || i >= end)) return;
-        result(acc[r][i][0]).store(to + channel + r * out_row + i * out_pixel);
-      });
-    };
     if (V::any(is_nan(special[0] + special[1])))
-      store([](V sum) { return canonical(sum); });
-    else
-      store([](V sum) { return sum; });
+      each([&](int r, int i)
+               __attribute__((always_inline)) { acc[r][i][0] = canonical(acc[r][i][0]); });
+    each([&](int r, int i) __attribute__((always_inline)) {
+      if (edge && (i < first || i >= end)) return;
+      acc[r][i][0].store(to + channel + r * out_row + i * out_pixel);
+    });
   }
 }
 
