@@ -79,14 +79,18 @@ struct Masked {
   // The sum with x added where a tap was chosen; x there, else 0.
   template <class L, class V, class Mask>
   static V add(V sum, Mask chosen, V x) {
-    if constexpr (std::is_same_v<L, float>)
-      return (V)_mm512_mask_add_ps((__m512)sum, chosen, (__m512)sum, (__m512)x);
-    else if constexpr (std::is_same_v<L, double>)
-      return (V)_mm512_mask_add_pd((__m512d)sum, chosen, (__m512d)sum, (__m512d)x);
-    else if constexpr (sizeof(L) == 4)
+    // In assembly, since compilers copy a sum that is named twice before each addition.
+    if constexpr (std::is_same_v<L, float>) {
+      __asm__("vaddps %2, %0, %0%{%1%}" : "+v"(sum) : "Yk"(chosen), "v"(x));
+      return sum;
+    } else if constexpr (std::is_same_v<L, double>) {
+      __asm__("vaddpd %2, %0, %0%{%1%}" : "+v"(sum) : "Yk"(chosen), "v"(x));
+      return sum;
+    } else if constexpr (sizeof(L) == 4) {
       return (V)_mm512_mask_add_epi32((__m512i)sum, chosen, (__m512i)sum, (__m512i)x);
-    else
+    } else {
       return (V)_mm512_mask_add_epi64((__m512i)sum, chosen, (__m512i)sum, (__m512i)x);
+    }
   }
   template <class L, class V, class Mask>
   static V pick(Mask chosen, V x) {

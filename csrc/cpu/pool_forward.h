@@ -19,19 +19,43 @@
 
 // ---- elements: reading to lanes, writing from lanes ---------------------------------------------
 
-// to[i] = convert(from[i * stride]). Rows are converted a line of memory at a time, the last
-// overlapping the one before it: a loop of known length is a few vectors.
+// Elements [0, count) of a row in parts of a known length, whose loops are a few vectors: a line of
+// memory each, or the half, the quarter ... where there are less. The last part overlaps the one
+// before it.
+template <int64_t part, class Visit>
+inline void in_parts(int64_t count, Visit visit) {
+  if constexpr (part > 1)
+    if (count < part) return in_parts<part / 2>(count, visit);
+  for (int64_t i = 0; i < count; i += part) {
+    i = std::min(i, count - part);
+    visit(i, std::integral_constant<int64_t, part>{});
+  }
+}
+template <class T>
+constexpr int64_t line_of = line_bytes / int64_t(sizeof(T));
+
+template <int64_t part, class From, class To, class Convert>
+inline void convert_part(const From* __restrict from, To* __restrict to, Convert convert) {
+  constexpr int64_t peeled = 16;  // compilers unroll so short a loop before they see its vectors
+  if constexpr (std::is_same_v<From, To>)
+    __builtin_memcpy(to, from, part * sizeof(To));
+  else if constexpr (part > peeled)
+    for (int64_t i = 0; i < part; ++i) to[i] = convert(from[i]);
+  else
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < part; ++i) to[i] = convert(from[i]);
+}
+
+// to[i] = convert(from[i * stride])
 template <class T, class Convert>
 inline void read_as(const void* from, int64_t stride, int64_t count, Lane<T>* __restrict to,
                     Convert convert) {
-  constexpr int64_t line = line_bytes / int64_t(sizeof(T));
   const T* const source = static_cast<const T*>(from);
-  if (stride == 1 && count >= line)
-    for (int64_t i = 0; i < count; i += line) {
-      i = std::min(i, count - line);
+  if (stride == 1)
+    in_parts<line_of<T>>(count, [&](int64_t i, auto part) {
       prefetch(source + i, line_bytes);
-      for (int64_t j = i; j < i + line; ++j) to[j] = convert(source[j]);
-    }
+      convert_part<part>(source + i, to + i, convert);
+    });
   else
     for (int64_t i = 0; i < count; ++i) to[i] = convert(source[i * stride]);
 }
@@ -39,14 +63,12 @@ inline void read_as(const void* from, int64_t stride, int64_t count, Lane<T>* __
 template <class T, class Convert>
 inline void write_as(void* to, int64_t stride, int64_t count, const Lane<T>* __restrict from,
                      Convert convert) {
-  constexpr int64_t line = line_bytes / int64_t(sizeof(T));
   T* const target = static_cast<T*>(to);
-  if (stride == 1 && count >= line)
-    for (int64_t i = 0; i < count; i += line) {
-      i = std::min(i, count - line);
+  if (stride == 1)
+    in_parts<line_of<T>>(count, [&](int64_t i, auto part) {
       prefetch(target + i, line_bytes);
-      for (int64_t j = i; j < i + line; ++j) target[j] = convert(from[j]);
-    }
+      convert_part<part>(from + i, target + i, convert);
+    });
   else
     for (int64_t i = 0; i < count; ++i) target[i * stride] = convert(from[i]);
 }

@@ -1,6 +1,6 @@
 // The vector rows of the pooling table, written once for every instruction set: included, inside
 // its target region, by max_pool_<row>.cpp, which has defined TNC_ISA, vector_bytes and Masked.
-// Start reading at run(), at the end; then pool_forward.h and pool_scatter.h.
+// Start reading at run(), at the end; then pool_forward.h, pool_scatter.h and pool_columns.h.
 //
 // Nothing here may be shared between the files that include it, hence the namespaces: the linker
 // would keep one copy of a function, and it could be the one of the newest instruction set.
@@ -14,6 +14,8 @@ namespace {
 #include "pool_forward.h"
 
 #include "pool_scatter.h"
+
+#include "pool_columns.h"
 
 // Indices travel in a lane as wide as the value's.
 bool fits(const PoolProblem& p) {
@@ -44,7 +46,7 @@ bool forward(const PoolProblem& p) {
 
 // Every input asks every window that reaches it, where those are few and stand as a kernel wants
 // them. Others are left to the lookup of max_pool_by_index.cpp, which does one output after
-// another.
+// another: 25 windows are few for 16 lanes only.
 template <class L, class T>
 bool scatter(const PoolProblem& p) {
   int64_t windows = 1;  // that reach an input
@@ -53,11 +55,13 @@ bool scatter(const PoolProblem& p) {
     // Two taps of one window may not have the same position in the plane.
     if (p.kind == IndexKind::flat && (a.kernel - 1) * a.dilation >= a.in) return false;
   }
+  const SumCodec<L> codec = SumCodec<L>::template of<T>(p.index_type);
+  if constexpr (lanes<L> == 16)
+    if (Columns<5, L>::has_way(p)) return Columns<5, L>(p, codec).run(), true;
   // With channels innermost a window is a whole vector for each of its taps.
   const bool pixels = p.input.stride[1] == 1 && p.shape.channels >= lanes<L>;
   if (windows > std::max(pixels ? lanes<L> : 0, 9) || p.shape.taps() > 32) return false;
   if (!Scatter<L>::has_way(p)) return false;
-  const SumCodec<L> codec = SumCodec<L>::template of<T>(p.index_type);
   Scatter<L>(p, codec).run();
   return true;
 }

@@ -88,6 +88,15 @@ void read_positions(const void* from, int64_t stride, int64_t count, uint8_t* __
   }
 }
 
+template <class E>
+void copy_rows(const E* from, int64_t from_pitch, E* to, int64_t to_pitch, int64_t rows,
+               int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r, from += from_pitch, to += to_pitch)
+    in_parts<line_of<E>>(columns, [&](int64_t i, auto part) {
+      __builtin_memcpy(to + i, from + i, part * sizeof(E));
+    });
+}
+
 // Rows of gradients and choices to rows of lanes and bytes, `pitch` apart; without to_grad, the
 // choices alone.
 template <class L>
@@ -99,23 +108,41 @@ struct Staged {
   int64_t pitch;
 };
 template <class T, class Index>
-void stage_rows(Staged<Lane<T>> s) {
-  constexpr int64_t whole = 16;
-  if (s.grad_pitch == s.columns && s.index_pitch == s.columns && s.pitch == s.columns)
-    s.columns *= s.rows, s.rows = 1;
-  for (int64_t r = 0; r < s.rows; ++r) {
-    const T* const grad = static_cast<const T*>(s.grad) + r * s.grad_pitch;
-    const Index* const index = static_cast<const Index*>(s.index) + r * s.index_pitch;
-    uint8_t* const to_index = s.to_index + r * s.pitch;
-    if (s.to_grad) read_terms<T>(grad, 1, s.columns, s.to_grad + r * s.pitch);
-    if (sizeof(Index) == 1 && s.columns >= whole) {
-      const int64_t last = s.columns - whole;  // the last part overlaps the one before it
-      for (int64_t i = 0; i < last; i += whole) __builtin_memcpy(to_index + i, index + i, whole);
-      __builtin_memcpy(to_index + last, index + last, whole);
-    } else {
-      read_choices<Index>(index, 1, s.columns, to_index);
-    }
+void stage_rows(const Staged<Lane<T>>& s) {
+  const T* const grad = static_cast<const T*>(s.grad);
+  const Index* const index = static_cast<const Index*>(s.index);
+  const bool one_run =
+      s.grad_pitch == s.columns && s.index_pitch == s.columns && s.pitch == s.columns;
+  const int64_t rows = one_run ? 1 : s.rows, columns = one_run ? s.rows * s.columns : s.columns;
+  if constexpr (is_lane_type<T>) {
+    if (s.to_grad) copy_rows(grad, s.grad_pitch, s.to_grad, s.pitch, rows, columns);
+  } else if (s.to_grad) {
+    for (int64_t r = 0; r < rows; ++r)
+      read_terms<T>(grad + r * s.grad_pitch, 1, columns, s.to_grad + r * s.pitch);
   }
+  if constexpr (sizeof(Index) == 1)
+    copy_rows(index, s.index_pitch, s.to_index, s.pitch, rows, columns);
+  else
+    for (int64_t r = 0; r < rows; ++r)
+      read_choices<Index>(index + r * s.index_pitch, 1, columns, s.to_index + r * s.pitch);
+}
+
+// The other way: rows of sums, `pitch` apart, to rows of the tensor.
+template <class L>
+struct Unstaged {
+  const L* sums;
+  int64_t pitch, rows, columns;
+  void* to;
+  int64_t to_pitch;
+};
+template <class T>
+void unstage_rows(const Unstaged<Lane<T>>& s) {
+  T* const to = static_cast<T*>(s.to);
+  if constexpr (is_lane_type<T>)
+    copy_rows(s.sums, s.pitch, to, s.to_pitch, s.rows, s.columns);
+  else
+    for (int64_t r = 0; r < s.rows; ++r)
+      write_sums<T>(to + r * s.to_pitch, 1, s.columns, s.sums + r * s.pitch);
 }
 
 template <class L>
@@ -127,7 +154,8 @@ struct SumCodec {
   void (*read_index)(const void*, int64_t, int64_t, uint8_t*);
   void (*read_position)(const void*, int64_t, int64_t, uint8_t*, int64_t, int64_t,
                         const std::vector<uint8_t>&);
-  void (*stage)(Staged<L>);
+  void (*stage)(const Staged<L>&);
+  void (*unstage)(const Unstaged<L>&);
 
   template <class T>
   static SumCodec of(IndexType type) {
@@ -139,6 +167,7 @@ struct SumCodec {
       codec.read_index = read_choices<Index>;
       codec.read_position = read_positions<Index>;
       codec.stage = stage_rows<T, Index>;
+      codec.unstage = unstage_rows<T>;
     };
     switch (type) {
       case IndexType::uint8: set(uint8_t{}); break;
