@@ -35,13 +35,13 @@ struct TileColumns {
 template <class V, class Columns, int length, bool transposed, bool edge, bool grouped, int top,
           int bottom, int height, int pixels, int chains, class T>
 TNC_INLINE void add_taps(V (&acc)[height][pixels][chains], const T* source, int64_t pitch,
-                         int first, int end, const Total<T>* weights, const int (&number)[height],
+                         int first, int end, const Total<T>* weights, const int64_t* taps,
                          const int32_t* lane) {
   constexpr int columns = Columns::count(pixels, length);
   V w[height][length];
 #pragma GCC unroll 2
   for (int r = top; r < bottom; ++r) {
-    const Total<T>* const own = weights + int64_t{number[r]} * V::lanes;
+    const Total<T>* const own = weights + taps[r];
 #pragma GCC unroll 8
     for (int k = 0; k < length; ++k) w[r][k] = V::load(own + k * V::lanes);
   }
@@ -74,9 +74,8 @@ template <class T>
 struct InPlacePlan {
   MapAxis axis[3];
   RawView source, written;
-  // weights[block][tap][lane]; the last block ends with the last channel. No bias is -0: then what
-  // it is added to may be one, as a sum that did not begin with +0 can be.
-  const Total<T>*weights, *bias;
+  // weights[block][tap][lane]; the last block ends with the last channel.
+  const Total<T>*weights, *bias;      // bias: null if there is none
   int64_t channels, planes, numbers;  // planes, numbers: of an element's source channels and terms
   TapRun run[256];                    // of a row of taps, and of one in which a group of terms ends
   int runs[2];
@@ -101,14 +100,18 @@ constexpr int most_height = Vec<Total<T>>::registers == 32 && chains_of<T> == 1 
 // A row of the tensor that a tile reads.
 template <class T>
 struct TapRow {
-  const T* source;             // its column 0
-  int number[most_height<T>];  // of the first tap with which each row of the tile meets it, or -1
+  const T* source;               // its column 0
+  int64_t taps[most_height<T>];  // where in a block the first weight is with which each row of the
+                                 // tile meets it, or -1
+  int number;                    // of that tap of the first row
   int plane;
   bool ends_group;  // between two of its taps
 };
 
-// A tile of `height` rows of `pixels` from pixel w on, all channels.
-template <class T, int stride, bool transposed, bool grouped, int height, int pixels, bool edge>
+// A tile of `height` rows of `pixels` from pixel w on, all channels. `only`: the length of the one
+// run of taps that there is, or 0.
+template <class T, int stride, bool transposed, bool grouped, int height, int pixels, bool edge,
+          int only>
 void in_place_tile(const InPlacePlan<T>& plan, const TapRow<T>* rows, int row_count,
                    const TapRun* runs, int64_t w, T* to, const T* ahead) {
   using V = Vec<Total<T>>;
@@ -117,8 +120,6 @@ void in_place_tile(const InPlacePlan<T>& plan, const TapRow<T>* rows, int row_co
   const int64_t pitch = plan.spacing * plan.source.stride[4];
   const int64_t new_rows = most(1, height * least(plan.axis[1].step, 2) / plan.axis[1].period);
   const int64_t new_elements = pixels * least(plan.axis[2].step, 2) / plan.axis[2].period * L;
-  const int64_t source_asked = plan.asks_for_source ? new_rows : 0;  // rows
-  const int64_t result_asked = plan.asks_for_result ? height : 0;
   const int64_t out_pixel = plan.written.stride[4], out_row = plan.written.stride[3];
   const int64_t blocks = up(plan.channels, L);
   const int first = edge && w < 0 ? static_cast<int>(-w) : 0;
@@ -145,19 +146,45 @@ void in_place_tile(const InPlacePlan<T>& plan, const TapRow<T>* rows, int row_co
     };
     each(restart);
     each([&](int r, int i) __attribute__((always_inline)) { total[r][i] = V::zero(); });
+    // A run of a row of taps, to all rows of the tile that meet it.
+    const auto add = [&](const TapRow<T>& row, const TapRun& run,
+                         auto length) __attribute__((always_inline)) {
+      const T* const from = row.source + channel + run.offset;
+      const Total<T>* const taps = weights + run.first * L;
+      const auto add_to = [&](auto top, auto bottom) __attribute__((always_inline)) {
+        add_taps<V, Columns, length.value, transposed, edge, grouped, top.value, bottom.value>(
+            acc, from, pitch, run.first_there, run.end, taps, row.taps, plan.lane[row.plane]);
+      };
+      const std::integral_constant<int, 0> start;
+      const std::integral_constant<int, 1> middle;
+      if constexpr (height == 2) {
+        const std::integral_constant<int, 2> end;
+        if (row.taps[0] < 0)
+          add_to(middle, end);
+        else if (row.taps[1] < 0)
+          add_to(start, middle);
+        else
+          add_to(start, end);
+      } else {
+        add_to(start, middle);
+      }
+    };
     int group = 0, even = 0;  // `even`: the parity of the terms whose chain is the first
-    for (const TapRow<T>* row = rows; row < rows + row_count; ++row) {
+    for (int r = 0; r < row_count; ++r) {
+      const TapRow<T>& row = rows[r];
       // Row by row: more at once, and what is read now would have to wait.
-      const int64_t r = row - rows;
-      for (int64_t i = 0; r < source_asked && i < new_elements; i += line)
-        prefetch(ahead + r * plan.source.stride[3] + b * new_elements + i);
-      for (int64_t i = 0; r < result_asked && i < pixels * L; i += line)
-        prefetch(to + (height + r) * out_row + b * pixels * L + i);
-      const bool ends = chains == 2 && row->ends_group;
+      if (plan.asks_for_source && r < new_rows)
+        for (int64_t i = 0; i < new_elements; i += line)
+          prefetch(ahead + r * plan.source.stride[3] + b * new_elements + i);
+      if constexpr (only != 0) {
+        add(row, runs[0], std::integral_constant<int, only>{});
+        continue;
+      }
+      const bool ends = chains == 2 && row.ends_group;
       for (int j = ends ? plan.runs[0] : 0; j < plan.runs[ends]; ++j) {
         const TapRun& run = runs[j];
         if constexpr (chains == 2) {
-          const int number = row->number[0] + run.first;
+          const int number = row.number + run.first;
           if (number / group_length<T> != group) each(fold), group = number / group_length<T>;
           if (number % 2 != even) {
             even = number % 2;
@@ -165,57 +192,36 @@ void in_place_tile(const InPlacePlan<T>& plan, const TapRow<T>* rows, int row_co
                      __attribute__((always_inline)) { std::swap(acc[r][i][0], acc[r][i][1]); });
           }
         }
-        const T* const from = row->source + channel + run.offset;
-        const Total<T>* const taps = weights + run.first * L;
-        const auto add_to = [&](auto top, auto bottom, auto length) __attribute__((always_inline)) {
-          int number[height];
-#pragma GCC unroll 2
-          for (int r = 0; r < height; ++r) number[r] = row->number[r];
-          add_taps<V, Columns, length.value, transposed, edge, grouped, top.value, bottom.value>(
-              acc, from, pitch, run.first_there, run.end, taps, number, plan.lane[row->plane]);
-        };
-        const auto add = [&](auto length) __attribute__((always_inline)) {
-          const std::integral_constant<int, 0> start;
-          const std::integral_constant<int, 1> middle;
-          if constexpr (height == 2) {
-            const std::integral_constant<int, 2> end;
-            if (row->number[0] < 0)
-              add_to(middle, end, length);
-            else if (row->number[1] < 0)
-              add_to(start, middle, length);
-            else
-              add_to(start, end, length);
-          } else {
-            add_to(start, middle, length);
-          }
-        };
         if (run.length == 3)
-          add(std::integral_constant<int, 3>{});
+          add(row, run, std::integral_constant<int, 3>{});
         else if (run.length == 5)
-          add(std::integral_constant<int, 5>{});
+          add(row, run, std::integral_constant<int, 5>{});
         else if (run.length == 4)
-          add(std::integral_constant<int, 4>{});
+          add(row, run, std::integral_constant<int, 4>{});
         else if (V::registers == 32 && run.length == 7)
-          add(std::integral_constant<int, 7>{});
+          add(row, run, std::integral_constant<int, 7>{});
         else
-          add(std::integral_constant<int, 1>{});
+          add(row, run, std::integral_constant<int, 1>{});
       }
     }
-    const V bias = V::load(plan.bias + channel);
-    V special[2] = {V::zero(), V::zero()};  // NaN where an infinity or a NaN is among the sums
     each([&](int r, int i) __attribute__((always_inline)) {
       V& sum = acc[r][i][0];
       sum = sum_of(acc[r][i]);
       if constexpr (chains == 2) sum = total[r][i] + sum;
-      sum = sum + bias;
-      special[i % 2] = fma(sum, V::zero(), special[i % 2]);
     });
-    if (V::any(is_nan(special[0] + special[1])))
+    if (plan.bias) {
+      const V bias = V::load(plan.bias + channel);
       each([&](int r, int i)
-               __attribute__((always_inline)) { acc[r][i][0] = canonical(acc[r][i][0]); });
+               __attribute__((always_inline)) { acc[r][i][0] = acc[r][i][0] + bias; });
+    }
     each([&](int r, int i) __attribute__((always_inline)) {
       if (edge && (i < first || i >= end)) return;
-      acc[r][i][0].store(to + channel + r * out_row + i * out_pixel);
+      T* const at = to + channel + r * out_row + i * out_pixel;
+      if (plan.asks_for_result) prefetch(at + height * out_row);
+      if constexpr (chains == 2)
+        acc[r][i][0].store(at);  // which makes a NaN the canonical one
+      else
+        settled(acc[r][i][0]).store(at);
     });
   }
 }
@@ -252,11 +258,12 @@ int list_tap_rows(const InPlacePlan<T>& plan, const T* sample, int64_t d, int64_
         TapRow<T>& listed = list[count++];
         listed = {sample + at_d * source.stride[2] + row * source.stride[3],
                   {},
+                  first,
                   plane,
                   first < group_length<T> && first + kernel > group_length<T>};
         for (int r = 0; r < height; ++r) {
           const bool meets = kh[r] < high.kernel && at[r] == row;
-          listed.number[r] = meets ? number + static_cast<int>(kh[r]) * kernel : -1;
+          listed.taps[r] = meets ? (number + kh[r] * kernel) * Vec<Total<T>>::lanes : -1;
           if (meets) find(r, kh[r] + 1);
         }
       }
@@ -299,9 +306,19 @@ void in_place_row(const InPlacePlan<T>& plan, int64_t n, int64_t d, int64_t h, T
       runs[j].first_there = static_cast<int>(least(first_there, columns));
       runs[j].end = static_cast<int>(most(0, least(end, columns)));
     }
-    const auto run = edge ? in_place_tile<T, stride, transposed, grouped, height, pixels, true>
-                          : in_place_tile<T, stride, transposed, grouped, height, pixels, false>;
-    run(plan, rows, row_count, runs, w, to, ahead + base * source.stride[4]);
+    const auto run = [&](auto only) {
+      constexpr int length = decltype(only)::value;
+      const auto tile =
+          edge ? in_place_tile<T, stride, transposed, grouped, height, pixels, true, length>
+               : in_place_tile<T, stride, transposed, grouped, height, pixels, false, length>;
+      tile(plan, rows, row_count, runs, w, to, ahead + base * source.stride[4]);
+    };
+    // The usual length has a tile of its own: of few products, asking for it is a large part.
+    constexpr int usual = chains_of<T> == 1 ? 3 : 0;
+    if (usual != 0 && plan.runs[1] == 1 && runs[0].length == usual)
+      run(std::integral_constant<int, usual>{});
+    else
+      run(std::integral_constant<int, 0>{});
   };
   // Stride phases: a tile begins where tap 0 meets a column.
   int64_t w = phases ? -(axis[2].pad % stride) : 0;
@@ -409,10 +426,10 @@ bool map_in_place(const ConvProblem& p) {
   Arena& arena = plan_arena();
   arena.reset(Arena::bytes_for<E>(blocks * plan.numbers * L) + Arena::bytes_for<E>(plan.channels));
   E* const weights = arena.take<E>(blocks * plan.numbers * L);
-  E* const bias = arena.take<E>(plan.channels);
+  E* const bias = p.bias ? arena.take<E>(plan.channels) : nullptr;
   if (!pack_weights<T>(p, plan.channels, plan.planes, plan.planes, L, true, weights)) return false;
-  for (int64_t c = 0; c < plan.channels; ++c)
-    bias[c] = p.bias ? widened(static_cast<const T*>(p.bias)[c]) + E(0) : E(0);
+  for (int64_t c = 0; bias && c < plan.channels; ++c)
+    bias[c] = widened(static_cast<const T*>(p.bias)[c]) + E(0);
   plan.weights = weights;
   plan.bias = bias;
 

@@ -137,6 +137,7 @@ struct Vec<float> {
   static TNC_INLINE Vec select(Mask m, Vec yes, Vec no) {
     return {_mm256_blendv_ps(no.v, yes.v, m)};
   }
+  friend TNC_INLINE Vec settled(Vec a) { return canonical(a + zero()); }
   friend TNC_INLINE Vec canonical(Vec a) {
     return select(is_nan(a), {_mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000))}, a);
   }
@@ -235,6 +236,7 @@ struct Vec<double> {
   static TNC_INLINE Vec select(Mask m, Vec yes, Vec no) {
     return {_mm256_blendv_pd(no.v, yes.v, m)};
   }
+  friend TNC_INLINE Vec settled(Vec a) { return canonical(a + zero()); }
   friend TNC_INLINE Vec canonical(Vec a) {
     return select(is_nan(a), {_mm256_castsi256_pd(_mm256_set1_epi64x(0x7ff8000000000000))}, a);
   }

@@ -6,6 +6,9 @@ namespace torch_naiveconv::TNC_ISA {
 template <class T>
 struct Vec;
 
+// What `settled` makes of a number by its class, from the lowest: a NaN the canonical one, zero +0.
+constexpr int settling = 0x11111800;
+
 template <>
 struct Vec<float> {
   static constexpr int lanes = 16;
@@ -116,6 +119,10 @@ struct Vec<float> {
   friend TNC_INLINE Vec canonical(Vec a) {
     return select(is_nan(a), {_mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000))}, a);
   }
+  friend TNC_INLINE Vec settled(Vec a) {
+    const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000));
+    return {_mm512_fixupimm_ps(nan, a.v, _mm512_set1_epi32(settling), 0)};
+  }
 
   TNC_INLINE Vec permute(const int32_t* lane) const {
     return {_mm512_permutexvar_ps(_mm512_loadu_si512(lane), v)};
@@ -225,6 +232,10 @@ struct Vec<double> {
   }
   friend TNC_INLINE Vec canonical(Vec a) {
     return select(is_nan(a), {_mm512_castsi512_pd(_mm512_set1_epi64(0x7ff8000000000000))}, a);
+  }
+  friend TNC_INLINE Vec settled(Vec a) {
+    const __m512d nan = _mm512_castsi512_pd(_mm512_set1_epi64(0x7ff8000000000000));
+    return {_mm512_fixupimm_pd(nan, a.v, _mm512_set1_epi64(settling), 0)};
   }
 
   TNC_INLINE Vec permute(const int32_t* lane) const {

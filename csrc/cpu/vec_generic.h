@@ -9,6 +9,7 @@
 //   in_register(a)         a itself; else the compiler may load it anew for each use
 //   Mask                   greater, is_nan, first(n), select(mask, yes, no), either, any
 //   canonical              every NaN becomes the canonical one
+//   settled                the same, and -0 becomes +0: the end of a sum that began with it
 //   permute(lane)          result[i] = this[lane[i]]
 //   window<n>(a, b)        the lanes from n on of a and then b (AVX-512 only)
 //   transpose(r)           lanes x lanes
@@ -102,6 +103,7 @@ struct Vec {
     return found;
   }
   static TNC_INLINE Vec select(Mask m, Vec yes, Vec no) { return {m ? yes.v : no.v}; }
+  friend TNC_INLINE Vec settled(Vec a) { return canonical(a + zero()); }
   friend TNC_INLINE Vec canonical(Vec a) {
     return select(is_nan(a), broadcast(canonical_nan<T>()), a);
   }
