@@ -175,6 +175,9 @@ class PlaneMap {
     }
     way_ = way_of<T>(s_, axis_, chunks_, numbers_, transposed_);
     upwards_ = transposed_ && (way_ == PlaneWay::slide || way_ == PlaneWay::roll);
+    const bool whole = planes_ == 1 && group_ == 1 && chunks_.total() == 1;
+    if (whole && PlaneTiling<T>::takes_two_planes(way_, high_.kernel, chunks_.size[2]))
+      abreast_ = 2;
     return true;
   }
 
@@ -187,6 +190,7 @@ class PlaneMap {
     int64_t staged_pitch;
     PlanePhase<T> phase;
     PlaneTiling<T> tiling;
+    int64_t panel_pitch;  // from one plane's panel to the next one's
   };
   struct Piece {
     Chunk chunk;
@@ -198,23 +202,22 @@ class PlaneMap {
   void run_task(int64_t begin, int64_t end) const {
     const int64_t pitch = chunks_.size[2] / wide_.period + 1 + L;
     // Before the panel L elements may be read that are not used, and 2 * L behind it.
-    const int64_t panel_size = panel_.size() + 3 * L;
+    const int64_t panel_pitch = panel_.size() + 2 * L;  // of two planes side by side
+    const int64_t panel_size = abreast_ * panel_pitch + L;
     const int64_t staged_size = wide_.period * most_tile_rows * pitch + L;
     Arena& arena = task_arena();
     arena.reset(Arena::bytes_for<E>(panel_size) + Arena::bytes_for<T>(staged_size));
     E* const values = arena.take<E>(panel_size) + L;
     T* const staged = arena.take<T>(staged_size);
     const int64_t tap_row_count = numbers_ / wide_.kernel;
-    Workspace w{values,
-                staged,
-                pitch,
-                {lists_, 0, 0, nullptr, E(0), tap_rows_, tap_row_count, wide_.kernel, part_},
-                {}};
+    Workspace w{values, staged,
+                pitch,  {lists_, 0, 0, nullptr, {}, tap_rows_, tap_row_count, wide_.kernel, part_},
+                {},     panel_pitch};
     const int64_t count = chunks_.total();
     int64_t number = begin % count, g = begin / count % s_.groups, n = begin / count / s_.groups;
     int64_t cleared_for = -1;
     Piece piece;
-    for (int64_t i = begin; i < end; ++i) {
+    for (int64_t i = begin; i < end;) {
       if (number != cleared_for) {  // the padding stays clear from one plane to the next
         std::memset(values - L, 0, panel_size * sizeof(E));
         cleared_for = number;
@@ -222,18 +225,24 @@ class PlaneMap {
       }
       const T* const plane = static_cast<const T*>(source_.data) + n * source_.stride[0] +
                              g * planes_ * source_.stride[1] + piece.from[2];
-      fill_panel(piece, plane, values);
-      piece.ahead = count == 1 ? plane + planes_ * source_.stride[1]
+      const int64_t some = least(least(abreast_, end - i), s_.groups - g);  // groups of one plane
+      w.phase.planes = static_cast<int>(some);
+      for (int64_t j = 0; j < some; ++j)
+        fill_panel(piece, plane + j * source_.stride[1], values + j * panel_pitch);
+      piece.ahead = count == 1 ? plane + some * planes_ * source_.stride[1]
                                : plane + piece.to[1] * source_.stride[3];
       for (int64_t c = g * group_; c < (g + 1) * group_; ++c) {
         w.phase.weights = weights_ + c * numbers_;
-        w.phase.bias = p_.bias ? widened(static_cast<const T*>(p_.bias)[c]) : E(0);
+        for (int64_t j = 0; j < some; ++j)
+          w.phase.bias[j] = p_.bias ? widened(static_cast<const T*>(p_.bias)[c + j]) : E(0);
         write_plane(piece,
                     static_cast<T*>(written_.data) + n * written_.stride[0] +
                         c * written_.stride[1] + piece.chunk.begin[2] * written_.stride[4],
                     w);
       }
-      if (++number == count) number = 0, ++g;
+      i += some;
+      for (int64_t j = 0; j < some; ++j)
+        if (++number == count) number = 0, ++g;
       if (g == s_.groups) g = 0, ++n;
     }
   }
@@ -311,6 +320,9 @@ class PlaneMap {
           tile.out_step = w.staged_pitch;
         }
         tile.rows = rows;
+        tile.source_plane = w.panel_pitch;
+        tile.out_plane = written_.stride[1];
+        tile.next_out = w.phase.planes * written_.stride[1];
         w.tiling.run(w.phase, up(chunk.size[2] - qw, wide_.period), tile);
       }
       if (wide_.period > 1 && !pairs()) {
@@ -341,7 +353,6 @@ class PlaneMap {
     if (way_ == PlaneWay::slide) tile.ahead += row * high_.step * source_.stride[3];
     tile.ahead_step = source_.stride[3];
     tile.ahead_plane = source_.stride[1];
-    tile.next_out = written_.stride[1];
     return tile;
   }
 
@@ -362,7 +373,8 @@ class PlaneMap {
   TermLists lists_;
   bool finite_;
   PlaneWay way_;
-  bool upwards_;  // the order in which taps read rows
+  bool upwards_;         // the order in which taps read rows
+  int64_t abreast_ = 1;  // planes side by side, each of a group of its own
 };
 
 template <class T>

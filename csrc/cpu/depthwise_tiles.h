@@ -17,12 +17,13 @@ template <class T>
 struct PlanePhase {
   TermLists lists;
   int32_t chain, last_chain;
-  const Total<T>* weights;  // by term number
-  Total<T> bias;
+  const Total<T>* weights;  // by term number, of one plane after the other
+  Total<T> bias[2];
   // Where taps slide along a row: where each row of taps (source channel, kd, kh) begins to read,
   // how many rows and taps a row, and the distance of a panel row's remainders.
   const int32_t* tap_rows;
   int64_t tap_row_count, row_taps, part;
+  int planes = 1;                             // written ones side by side
   int32_t odd_chain = 0, odd_last_chain = 0;  // pairs: of the other phase along w
 };
 
@@ -39,7 +40,8 @@ struct PlaneTile {
   int64_t rows, first, end;  // written rows, source rows
   const T* ahead;            // what is read next, fetched meanwhile
   int64_t ahead_step, ahead_plane;
-  int64_t next_out;  // from a written row to the one that is fetched meanwhile
+  int64_t next_out;                 // from a written row to the one that is fetched meanwhile
+  int64_t source_plane, out_plane;  // from one of two planes side by side to the other
 };
 
 template <class T>
@@ -82,7 +84,7 @@ template <class T, int rows, int vecs>
 TNC_INLINE void store_plane_tile(const Vec<Total<T>> (&total)[rows][vecs],
                                  const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
   using V = Vec<Total<T>>;
-  const V bias = V::broadcast(phase.bias);
+  const V bias = V::broadcast(phase.bias[0]);
   T* out = tile.out;
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i, out += tile.out_step)
@@ -145,7 +147,7 @@ void list_tile(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
     store_plane_tile<T, rows, vecs>(total[0], phase, tile);
   } else {
     sum(total[1], phase.odd_chain, phase.odd_last_chain);
-    const V bias = V::broadcast(phase.bias);
+    const V bias = V::broadcast(phase.bias[0]);
     each_vector<rows, vecs>([&](int i, int c) __attribute__((always_inline)) {
       store_plane_pairs<T, vecs>(result_of<T>(total[0][i][c] + bias),
                                  result_of<T>(total[1][i][c] + bias), tile,
@@ -251,18 +253,20 @@ void slide_tile(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
 // A square kernel of stride and dilation 1 that reads one plane: all the rows of a strip of `vecs`
 // vectors. Source row u adds its taps to the `kernel` written rows u - kernel + 1 .. u, so that as
 // many rows of chains are always under way; the oldest is then complete. Rows outside the tile are
-// computed with them and dropped, source rows outside [tile.first, tile.end) add nothing.
-template <class T, int kernel, int step, int vecs>
+// computed with them and dropped, source rows outside [tile.first, tile.end) add nothing. Two
+// planes side by side, of one vector each, where the chains of one would wait for each other.
+template <class T, int kernel, int step, int vecs, int planes = 1>
 void roll_strip(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
   using E = Total<T>;
   using V = Vec<E>;
-  constexpr int chains = chains_of<T>;
+  static_assert(planes == 1 || vecs == 1, "a vector of each");
+  constexpr int chains = chains_of<T>, abreast = planes * vecs;
   constexpr bool cut = kernel * kernel > group_length<T>;
-  V acc[kernel][vecs][chains], total[kernel][vecs];
+  V acc[kernel][abreast][chains], total[kernel][abreast];
 #pragma GCC unroll 8
   for (int i = 0; i < kernel; ++i)
 #pragma GCC unroll 8
-    for (int c = 0; c < vecs; ++c) {
+    for (int c = 0; c < abreast; ++c) {
       total[i][c] = V::zero();
 #pragma GCC unroll 2
       for (int q = 0; q < chains; ++q) acc[i][c][q] = V::zero();
@@ -272,7 +276,8 @@ void roll_strip(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
     for (int q = 0; q < chains; ++q) acc[i][c][q] = V::zero();
     return (cut ? total[i][c] : V::zero()) + group;
   };
-  const V bias = V::broadcast(phase.bias);
+  const V bias[2] = {V::broadcast(phase.bias[0]), V::broadcast(phase.bias[planes - 1])};
+  const E* const next_weights = phase.weights + (planes - 1) * kernel * kernel;
   const E* row = tile.source + phase.tap_rows[0] + tile.first * tile.source_step;
   const T* ahead = tile.ahead;
   T* out = tile.out + (tile.first - kernel + 1) * tile.out_step;
@@ -281,22 +286,27 @@ void roll_strip(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
     for (int s = 0; s < kernel; ++s) {
       if (u + s < tile.end) {
         prefetch_row<vecs, V>(ahead);
+        if (planes == 2) prefetch_row<vecs, V>(ahead + tile.ahead_plane);
         ahead += tile.ahead_step;
-        const PlaneRow<V, kernel, vecs, step, E> source(row, phase.part, tile.last);
+        using Row = PlaneRow<V, kernel, vecs, step, E>;
+        const Row source(row, phase.part, tile.last);
+        const Row next(planes == 2 ? row + tile.source_plane : row, phase.part, tile.last);
         with_constants<kernel>([&](auto kw) __attribute__((always_inline)) {
-          V x[vecs];
+          V x[abreast];
 #pragma GCC unroll 8
           for (int c = 0; c < vecs; ++c) x[c] = source.template read<kw.value>(c);
+          if constexpr (planes == 2) x[1] = next.template read<kw.value>(0);
 #pragma GCC unroll 8
           for (int kh = 0; kh < kernel; ++kh) {
             constexpr int length = group_length<T>;
             const int i = (s - kh + kernel) % kernel, number = kh * kernel + kw.value;
-            const V tap = V::broadcast(phase.weights[number]);
+            const V tap[2] = {V::broadcast(phase.weights[number]),
+                              V::broadcast(next_weights[number])};
 #pragma GCC unroll 8
-            for (int c = 0; c < vecs; ++c) {
+            for (int c = 0; c < abreast; ++c) {
               if (number > 0 && number % length == 0) total[i][c] = fold(i, c);
               V& chain = acc[i][c][number % length % chains];
-              chain = fma(x[c], tap, chain);
+              chain = fma(x[c], tap[planes == 2 ? c : 0], chain);
             }
           }
         });
@@ -305,12 +315,14 @@ void roll_strip(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
       const int64_t done = u + s - kernel + 1;
       const int i = (s + 1) % kernel;
 #pragma GCC unroll 8
-      for (int c = 0; c < vecs; ++c) {
-        const V result = result_of<T>(fold(i, c) + bias);
+      for (int c = 0; c < abreast; ++c) {
+        const int plane = planes == 2 ? c : 0, vec = c - plane;
+        const V result = result_of<T>(fold(i, c) + bias[plane]);
         if (cut) total[i][c] = V::zero();
         if (done < 0) continue;
-        prefetch(out + tile.next_out + c * V::lanes);
-        store_plane_vector<T, vecs>(result, tile, out, c);
+        T* const to = out + plane * tile.out_plane;
+        prefetch(to + tile.next_out + vec * V::lanes);
+        store_plane_vector<T, vecs>(result, tile, to, vec);
       }
       if (done + 1 == tile.rows) return;
       out += tile.out_step;
@@ -329,7 +341,7 @@ void double_strip(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
   // (q + odd - k) / 2 further on.
   constexpr int lowest = (odd - kernel + 1) / 2, highest = (1 + odd) / 2;
   constexpr int reach = highest - lowest + 1;
-  const V bias = V::broadcast(phase.bias);
+  const V bias = V::broadcast(phase.bias[0]);
   const E* row = tile.source;
   T* out = tile.out;
   for (int64_t y = 0; y < tile.rows; y += 2, row += tile.source_step, out += 2 * tile.out_step) {

@@ -113,6 +113,7 @@ struct PlaneTiling {
   static constexpr int L = Vec<Total<T>>::lanes;
   int64_t rows = 0, columns = 0, tile_rows = 1, parts = 1;  // parts: phases in a tile
   PlaneTileFunction<T> function[9] = {};                    // by the number of vectors
+  PlaneTileFunction<T> two_planes = nullptr;                // of a vector each, if that is faster
 
   // The next tile's vectors if `left` are left of a row; not all but one, which would then wait for
   // its own chains.
@@ -149,6 +150,14 @@ struct PlaneTiling {
     if (way == PlaneWay::sweep) tile_rows = 1;
     for (int64_t vecs = 1; vecs <= 8; ++vecs)
       function[vecs] = plane_tile<T>(way, kernel, step, tile_rows, vecs);
+    if constexpr (chains_of<T> == 1)
+      if (takes_two_planes(way, kernel, columns))
+        two_planes = step < 0 ? roll_strip<T, 5, -1, 1, 2> : roll_strip<T, 5, 1, 1, 2>;
+  }
+
+  // Five chains of one plane wait for each other, as many of two do not.
+  static bool takes_two_planes(PlaneWay way, int64_t kernel, int64_t columns) {
+    return way == PlaneWay::roll && kernel == 5 && columns <= L && chains_of<T> == 1;
   }
 
   // One row of tiles. `tile` has everything but `last` and `lanes`, at the row's first column.
@@ -162,7 +171,7 @@ struct PlaneTiling {
         tile.last = columns - L - v * L;
         tile.lanes = L;
       }
-      function[some](phase, tile);
+      (phase.planes == 2 ? two_planes : function[some])(phase, tile);
       v += some;
       tile.source += some * L;
       tile.out += some * L * parts;
