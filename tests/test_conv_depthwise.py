@@ -124,6 +124,28 @@ def test_depthwise_channels_last(row, case, dtype):
         assert_same_bits(F.conv_grad_weight(x, w.shape, g, **shape, impl=row), weight, what)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 1)])
+@pytest.mark.parametrize("row", FAST)
+def test_grad_weight_of_many_rows(row, kernel, stride, dtype):
+    """More rows than a band holds, so that a group of terms goes on in the next one; two blocks of
+    channels side by side, and one that overlaps the block before it; kinds of numbers in turn."""
+    for case, channels in enumerate([64, 40, 81]):
+        generator = torch.Generator().manual_seed(case)
+        kind = ["normal", "tiny", "wild"][(case + kernel + stride) % 3]
+        x = values(generator, (1, channels, 120, 43), dtype, kind)
+        shape = {"stride": stride, "padding": (kernel // 2 + 1, kernel // 2), "groups": channels}
+        size = ((x.shape[i] + 2 * shape["padding"][i - 2] - kernel) // stride + 1 for i in (2, 3))
+        g = values(generator, (1, channels, *size), dtype, kind)
+        x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
+        weight = (channels, 1, kernel, kernel)
+        expected = F.conv_grad_weight(x, weight, g, **shape, impl="naive")
+        for count in (1, 2):
+            with threads(count):
+                got = F.conv_grad_weight(x, weight, g, **shape, impl=row)
+            assert_same_bits(got, expected, f"{row} {dtype} {kind} {channels} {kernel} {stride}")
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("row", FAST)
 def test_grad_bias(row, dtype):

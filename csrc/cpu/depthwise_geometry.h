@@ -30,6 +30,16 @@ constexpr int64_t panel_bytes = 256 << 10;  // a panel's share of the L2 cache
 constexpr int64_t panel_limit = 2 << 20;    // what a thread may take at most
 constexpr int64_t widest_map_chunk = 128;   // pixels of a row, so that several rows fit
 
+// Are the input and output more than the `held` bytes that the caches between a core and the memory
+// are taken to hold? What they hold is read no sooner if it is asked for ahead, and asking costs as
+// much as reading.
+template <class T>
+bool exceeds_caches(const ConvProblem& p, int64_t held) {
+  const ConvShape& s = p.shape;
+  const int64_t elements = s.in_channels * s.inputs() + s.out_channels * s.outputs();
+  return s.batch * elements * static_cast<int64_t>(sizeof(T)) > held;
+}
+
 // Written position x reads, with tap k, source position (x * step + sign * (k * dilation - pad)) /
 // period, if that division is exact. Forward: period 1. grad_input: step 1, sign -1.
 struct MapAxis {

@@ -29,71 +29,89 @@ struct PixelRow {
   const S* const* taps;
   int64_t left, middle, right;
   int64_t column;  // of the first pixel's first tap
+  bool closes;     // a group of terms ends here, and its sum is added to the totals
 };
 
-// Rows of pixels, at most a group of terms.
+// Rows of pixels, one after the other.
 template <class S>
 struct PixelRows {
   const PixelRow<S>* row;
   int64_t count, grad_pitch;
+  int64_t channel;  // from the one to which the rows point
   // For the pixels at the sides: how far the next tap and the next pixel are, how many columns
   // there are.
   int64_t tap_columns, pixel_columns, width;
   int64_t number, end;  // of the first pixel and behind the last: two chains take turns
-  // Does a group of terms begin or end here? Then its chains start, or are added to the totals.
-  bool begins = false, ends = false;
+  bool begins;          // a group of terms, so that its chains start
   Ahead input_ahead, grad_ahead;
 };
 
-// acc[i % chains][r][k] += the products of `pixels` pixels, `stride` columns apart; a vector is
-// loaded once for all the pixels and taps that meet in it. Moves on to the next pixels.
-template <class V, int stride, int pixels, int chains, int rows, int taps, class S>
-TNC_INLINE void add_pixels(V (&acc)[chains][rows][taps], const S*& grad, int64_t grad_pitch,
+// acc[b][i % chains][r][k] += the products of `pixels` pixels, `stride` columns apart, for blocks
+// of channels side by side; a vector is loaded once for all the pixels and taps that meet in it.
+// Moves on to the next pixels.
+template <class V, int stride, int pixels, int blocks, int chains, int rows, int taps, class S>
+TNC_INLINE void add_pixels(V (&acc)[blocks][chains][rows][taps], const S*& grad, int64_t grad_pitch,
                            const S* (&from)[rows], int64_t pitch) {
   constexpr int columns = (pixels - 1) * stride + taps;
-  V g[pixels];
+  V g[pixels][blocks];
 #pragma GCC unroll 8
-  for (int i = 0; i < pixels; ++i, grad += grad_pitch) g[i] = V::load(grad);
+  for (int i = 0; i < pixels; ++i, grad += grad_pitch)
+#pragma GCC unroll 2
+    for (int b = 0; b < blocks; ++b) g[i][b] = V::load(grad + b * V::lanes);
 #pragma GCC unroll 24
   for (int column = 0; column < columns; ++column)
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      V x = V::load(from[r]);
-      if constexpr (pixels > 1) x = in_register(x);
-      from[r] += pitch;
+#pragma GCC unroll 2
+      for (int b = 0; b < blocks; ++b) {
+        V x = V::load(from[r] + b * V::lanes);
+        if constexpr (pixels > 1) x = in_register(x);
 #pragma GCC unroll 8
-      for (int i = 0; i < pixels; ++i) {
-        const int k = column - i * stride;
-        if (k >= 0 && k < taps) acc[i % chains][r][k] = fma(x, g[i], acc[i % chains][r][k]);
+        for (int i = 0; i < pixels; ++i) {
+          const int k = column - i * stride;
+          if (k < 0 || k >= taps) continue;
+          V& chain = acc[b][i % chains][r][k];
+          chain = fma(x, g[i][b], chain);
+        }
       }
+      from[r] += pitch;
     }
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) from[r] += (pixels * stride - columns) * pitch;
 }
 
 // After one pixel: the other chain's turn.
-template <class V, int chains, int rows, int taps>
-TNC_INLINE void take_turns(V (&acc)[chains][rows][taps]) {
+template <class V, int blocks, int chains, int rows, int taps>
+TNC_INLINE void take_turns(V (&acc)[blocks][chains][rows][taps]) {
   if constexpr (chains == 2)
+#pragma GCC unroll 2
+    for (int b = 0; b < blocks; ++b)
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r)
+      for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
-      for (int k = 0; k < taps; ++k) std::swap(acc[0][r][k], acc[1][r][k]);
+        for (int k = 0; k < taps; ++k) std::swap(acc[b][0][r][k], acc[b][1][r][k]);
 }
 
 // The same for pixels whose taps may read the padding.
-template <class V, int stride, int chains, int rows, int taps, class S>
-TNC_INLINE void add_side(V (&acc)[chains][rows][taps], const S*& grad, const PixelRows<S>& pixels,
-                         int64_t count, int64_t& column, const S* (&from)[rows], int64_t pitch) {
+template <class V, int stride, int blocks, int chains, int rows, int taps, class S>
+TNC_INLINE void add_side(V (&acc)[blocks][chains][rows][taps], const S*& grad,
+                         const PixelRows<S>& pixels, int64_t count, int64_t& column,
+                         const S* (&from)[rows], int64_t pitch) {
   for (; count > 0; --count, column += pixels.pixel_columns, grad += pixels.grad_pitch) {
-    const V g = V::load(grad);
+    V g[blocks];
+#pragma GCC unroll 2
+    for (int b = 0; b < blocks; ++b) g[b] = V::load(grad + b * V::lanes);
 #pragma GCC unroll 8
     for (int k = 0; k < taps; ++k) {
       const int64_t at = column + k * pixels.tap_columns;
       const bool there = at >= 0 && at < pixels.width;
 #pragma GCC unroll 8
       for (int r = 0; r < rows; ++r)
-        acc[0][r][k] = fma(there ? V::load(from[r] + k * pitch) : V::zero(), g, acc[0][r][k]);
+#pragma GCC unroll 2
+        for (int b = 0; b < blocks; ++b) {
+          const V x = there ? V::load(from[r] + k * pitch + b * V::lanes) : V::zero();
+          acc[b][0][r][k] = fma(x, g[b], acc[b][0][r][k]);
+        }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) from[r] += stride * pitch;
@@ -101,62 +119,64 @@ TNC_INLINE void add_side(V (&acc)[chains][rows][taps], const S*& grad, const Pix
   }
 }
 
-// With 16 registers a tile has none left for that; the chains are added up apart.
-template <class V>
-constexpr bool folds_in_tile = V::registers == 32;
-
-// Where the sums of some rows of taps are kept: total[r * row_pitch + tap][lane], in the same way
-// the first chain and, chain_pitch behind it, the second.
+// Where the sums of some rows of taps are kept: total[b * block_pitch + r * row_pitch + tap][lane],
+// and, of each block, one chain after the other in the same way.
 template <class E>
 struct TapSums {
   E *total, *chain;
-  int64_t row_pitch, chain_pitch;
+  int64_t row_pitch, block_pitch;
 };
 
 // The products of some rows of pixels with the rows of taps from `first` on: `rows` rows of `taps`
 // taps, of which the first reads `shift` columns, or `offset` elements, further on.
-template <int chains, int stride, int rows, int taps, class S>
+template <int blocks, int chains, int stride, int rows, int taps, class S>
 void tap_tile(PixelRows<S>& pixels, int64_t first, int64_t offset, int64_t shift, int64_t pitch,
               TapSums<Total<S>> sums) {
-  using V = Vec<Total<S>>;
-  V acc[chains][rows][taps];
+  using E = Total<S>;
+  using V = Vec<E>;
+  V acc[blocks][chains][rows][taps];
   const auto each = [&](const auto& what) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+    for (int b = 0; b < blocks; ++b)
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r)
+      for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
-      for (int k = 0; k < taps; ++k) what(r, k, r * sums.row_pitch + k * V::lanes);
+        for (int k = 0; k < taps; ++k) what(b, r, k, r * sums.row_pitch + k * V::lanes);
   };
   // Where the chain is whose turn it is, and the other.
-  const auto chain_of = [&](int64_t number, int q) __attribute__((always_inline)) {
-    return sums.chain + (number + q) % chains * sums.chain_pitch;
+  const auto chain_of = [&](int64_t number, int b, int q) __attribute__((always_inline)) {
+    return sums.chain + (b * chains + (number + q) % chains) * sums.block_pitch;
   };
 #pragma GCC unroll 2
   for (int q = 0; q < chains; ++q)
-    if (folds_in_tile<V> && pixels.begins) {
-      each([&](int r, int k, int64_t) __attribute__((always_inline)) { acc[q][r][k] = V::zero(); });
-    } else {
-      const Total<S>* const chain = chain_of(pixels.number, q);
-      each([&](int r, int k, int64_t at)
-               __attribute__((always_inline)) { acc[q][r][k] = V::load(chain + at); });
-    }
+    if (pixels.begins)
+      each([&](int b, int r, int k, int64_t)
+               __attribute__((always_inline)) { acc[b][q][r][k] = V::zero(); });
+    else
+      each([&](int b, int r, int k, int64_t at) __attribute__((always_inline)) {
+        acc[b][q][r][k] = V::load(chain_of(pixels.number, b, q) + at);
+      });
   for (const PixelRow<S>* row = pixels.row; row < pixels.row + pixels.count; ++row) {
     const S* from[rows];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) from[r] = row->taps[first + r] + offset;
-    const S* grad = row->grad;
+    const S* grad = row->grad + pixels.channel;
     int64_t count = row->middle, column = row->column + shift;
     if (row->left > 0) add_side<V, stride>(acc, grad, pixels, row->left, column, from, pitch);
     const auto add = [&](auto pixels_at_once) __attribute__((always_inline)) {
-      constexpr int some = pixels_at_once.value, lines = some * V::lanes * sizeof(S) / 64;
+      constexpr int some = pixels_at_once.value;
+      constexpr int lines = some * blocks * V::lanes * sizeof(S) / 64;
       for (; count >= some; count -= some) {
         pixels.input_ahead.fetch(lines * stride * stride);
         pixels.grad_ahead.fetch(lines);
         add_pixels<V, stride, some>(acc, grad, pixels.grad_pitch, from, pitch);
       }
     };
-    if constexpr (V::registers == 32 && chains * rows * taps <= 21)
-      add(std::integral_constant<int, 8>{});
-    add(std::integral_constant<int, 4>{});
+    // As many pixels as leave room for their gradients; of stride 2 they share few columns.
+    constexpr int sums_kept = blocks * chains * rows * taps, room = V::registers - 3 - sums_kept;
+    if constexpr (stride == 1 && room >= 8 * blocks) add(std::integral_constant<int, 8>{});
+    if constexpr (stride == 1 && room >= 4 * blocks) add(std::integral_constant<int, 4>{});
+    add(std::integral_constant<int, 2>{});
     for (; count > 0; --count) {
       add_pixels<V, stride, 1>(acc, grad, pixels.grad_pitch, from, pitch);
       take_turns(acc);
@@ -165,54 +185,54 @@ void tap_tile(PixelRows<S>& pixels, int64_t first, int64_t offset, int64_t shift
       column += row->middle * pixels.pixel_columns;
       add_side<V, stride>(acc, grad, pixels, row->right, column, from, pitch);
     }
-  }
-  if (folds_in_tile<V> && pixels.ends) {
-    each([&](int r, int k, int64_t at) __attribute__((always_inline)) {
+    if (!row->closes) continue;
+    each([&](int b, int r, int k, int64_t at) __attribute__((always_inline)) {
+      E* const total = sums.total + b * sums.block_pitch + at;
       V chain[chains];
 #pragma GCC unroll 2
-      for (int q = 0; q < chains; ++q) chain[q] = acc[q][r][k];
-      (V::load(sums.total + at) + sum_of(chain)).store(sums.total + at);
+      for (int q = 0; q < chains; ++q) chain[q] = acc[b][q][r][k], acc[b][q][r][k] = V::zero();
+      (V::load(total) + sum_of(chain)).store(total);
     });
-    return;
   }
+  if (pixels.row[pixels.count - 1].closes) return;
 #pragma GCC unroll 2
-  for (int q = 0; q < chains; ++q) {
-    Total<S>* const chain = chain_of(pixels.end, q);
-    each([&](int r, int k, int64_t at)
-             __attribute__((always_inline)) { acc[q][r][k].store(chain + at); });
-  }
+  for (int q = 0; q < chains; ++q)
+    each([&](int b, int r, int k, int64_t at) __attribute__((always_inline)) {
+      acc[b][q][r][k].store(chain_of(pixels.end, b, q) + at);
+    });
 }
 
 // Tiles of `rows` x `taps` chains (twice as many if they take turns) that fit the registers, for
 // the numbers of taps that occur in kernels; longer rows are cut.
 constexpr int most_chains_of(int registers) { return registers == 32 ? 26 : 11; }
 
-template <int chains, int stride, int taps, int rows, class S>
+template <int blocks, int chains, int stride, int taps, int rows, class S>
 TNC_INLINE void tap_rows(PixelRows<S>& pixels, int64_t first, int64_t row_count, int64_t offset,
                          int64_t shift, int64_t pitch, TapSums<Total<S>> sums) {
   if constexpr (rows > 0) {
     for (; row_count - first >= rows; first += rows) {
-      tap_tile<chains, stride, rows, taps>(pixels, first, offset, shift, pitch, sums);
+      tap_tile<blocks, chains, stride, rows, taps>(pixels, first, offset, shift, pitch, sums);
       sums.chain += rows * sums.row_pitch;
       sums.total += rows * sums.row_pitch;
     }
-    tap_rows<chains, stride, taps, rows - 1>(pixels, first, row_count, offset, shift, pitch, sums);
+    tap_rows<blocks, chains, stride, taps, rows - 1>(pixels, first, row_count, offset, shift, pitch,
+                                                     sums);
   }
 }
 
 // All `kernel` taps of `row_count` rows of taps: a tap's column is tap_pitch from the one before, a
 // pixel's pixel_pitch.
-template <int chains, class S>
+template <int chains, int blocks = 1, class S>
 void all_taps(PixelRows<S>& pixels, int64_t row_count, int64_t kernel, int64_t tap_pitch,
-              int64_t pixel_pitch, Total<S>* total, Total<S>* chain, int64_t chain_pitch) {
+              int64_t pixel_pitch, Total<S>* total, Total<S>* chain, int64_t block_pitch) {
   using V = Vec<Total<S>>;
-  constexpr int L = V::lanes, most = most_chains_of(V::registers) / chains;
+  constexpr int L = V::lanes, most = most_chains_of(V::registers) / (chains * blocks);
   int64_t k = 0;
   const auto rows_of = [&](auto stride, auto taps, int64_t pitch) __attribute__((always_inline)) {
     constexpr int fit = most / taps.value < 8 ? most / taps.value : 8;
-    tap_rows<chains, stride.value, taps.value, fit>(
-        pixels, 0, row_count, k * tap_pitch, k * pixels.tap_columns, pitch,
-        TapSums<Total<S>>{total + k * L, chain + k * L, kernel * L, chain_pitch});
+    tap_rows<blocks, chains, stride.value, taps.value, fit>(
+        pixels, 0, row_count, pixels.channel + k * tap_pitch, k * pixels.tap_columns, pitch,
+        TapSums<Total<S>>{total + k * L, chain + k * L, kernel * L, block_pitch});
     k += taps.value;
   };
   const std::integral_constant<int, 1> one;
@@ -291,16 +311,14 @@ void write_totals(const ConvProblem& p, int64_t first, int64_t number, int64_t n
 }
 
 // Depthwise, channels_last, read in place: its plan, which the threads share, and what a task does.
-// A task has some blocks of channels and goes over bands of rows, block by block, several rows at a
-// time if the same rows of taps read the padding; its steps, from run_task on, follow each other
-// below.
+// A task has some blocks of channels and goes over bands of rows, block by block; its steps, from
+// run_task on, follow each other below.
 template <class T>
 class InPlaceGradWeight {
   using E = Total<T>;
   using V = Vec<E>;
   static constexpr int L = V::lanes, C = chains_of<T>;
-  static constexpr int64_t G = group_length<T>, most_rows = 64;  // of taps
-  static constexpr int64_t most_joined = 8;                      // rows of pixels at a time
+  static constexpr int64_t G = group_length<T>;
 
  public:
   explicit InPlaceGradWeight(const ConvProblem& p)
@@ -309,12 +327,14 @@ class InPlaceGradWeight {
         blocks_(up(s_.groups, L)),
         plane_rows_(deep_.kernel * high_.kernel),
         sums_(s_.taps() * L),
-        rows_(deep_.out * high_.out) {}
+        rows_(deep_.out * high_.out),
+        padding_(pads(deep_) || pads(high_) ? (wide_.in - 1) * p.input.stride[4] + s_.groups : 0),
+        asks_(exceeds_caches<T>(p, 8 << 20)) {}
 
   bool fits() const {
     return s_.group_in() == 1 && s_.group_out() == 1 && p_.input.stride[1] == 1 &&
            p_.output.stride[1] == 1 && s_.groups >= L && blocks_ >= thread_count() &&
-           plane_rows_ <= most_rows;
+           plane_rows_ <= most_rows && padding_ * static_cast<int64_t>(sizeof(T)) <= panel_limit;
   }
 
   void run() {
@@ -327,14 +347,20 @@ class InPlaceGradWeight {
  private:
   // ---- the plan --------------------------------------------------------------------------------
 
+  static constexpr int64_t most_rows = 64;  // of taps
+
+  static bool pads(const Axis& a) {
+    return a.input_of(0, 0) < 0 || a.input_of(a.out - 1, a.kernel - 1) >= a.in;
+  }
+
   void cut_rows() {
-    // If blocks share lines, as many as read few enough that the first cache still has them for the
-    // next block; else as many as make the work of a block worth its beginning.
-    if (L * sizeof(T) < 64)
-      band_ = most(1, (128 - (high_.extent(1) - high_.stride) * wide_.in) /
-                          (high_.stride * wide_.in + wide_.out));
-    else
-      band_ = up(64, wide_.out);
+    // As many as the second cache holds beside the next ones; if blocks share lines, as many as the
+    // first one still has for the next block.
+    const int64_t bytes = up(blocks_, thread_count()) * L * static_cast<int64_t>(sizeof(T));
+    const int64_t pixels = L * sizeof(T) < 64 ? 128 : 2 * panel_bytes / bytes;
+    band_ = (pixels - (high_.extent(1) - high_.stride) * wide_.in) /
+            (high_.stride * wide_.in + wide_.out);
+    band_ = most(1, least(band_, rows_));
     while (left_ < right_ && wide_.input_of(left_, 0) < 0) ++left_;
     while (right_ > left_ && wide_.input_of(right_ - 1, wide_.kernel - 1) >= wide_.in) --right_;
   }
@@ -342,174 +368,107 @@ class InPlaceGradWeight {
   // ---- a task ----------------------------------------------------------------------------------
 
   struct Workspace {
-    int64_t begin, count;  // blocks
     E *totals, *chains;
-    int64_t *offsets, *joined;
-  };
-  // Rows [first, last) of a sample, and what the next band reads first: it is fetched meanwhile,
-  // across the end of a sample too.
-  struct Band {
-    int64_t first, last;
-    const T *inputs, *grads, *inputs_ahead, *grads_ahead;
+    T* zeros;  // a row in the padding
+    // The pixels of a band, and what they read.
+    PixelRow<T>* row_list;
+    const T** taps;
   };
 
   void run_task(int64_t begin, int64_t end) const {
     const int64_t count = end - begin;
+    const int64_t pieces = band_ + band_ * wide_.out / G + 1;  // rows are cut where a group ends
     Arena& arena = task_arena();
     arena.reset(Arena::bytes_for<E>(count * sums_) + Arena::bytes_for<E>(count * C * sums_) +
-                Arena::bytes_for<int64_t>(band_ * (plane_rows_ + 1)) +
-                Arena::bytes_for<int64_t>(band_));
-    Workspace w{begin, count, nullptr, nullptr, nullptr, nullptr};
+                Arena::bytes_for<T>(padding_) + Arena::bytes_for<PixelRow<T>>(pieces) +
+                Arena::bytes_for<const T*>(pieces * plane_rows_));
+    Workspace w;
     w.totals = arena.take<E>(count * sums_);
     w.chains = arena.take<E>(count * C * sums_);
-    w.offsets = arena.take<int64_t>(band_ * (plane_rows_ + 1));
-    w.joined = arena.take<int64_t>(band_);
-    std::memset(w.chains, 0, count * C * sums_ * sizeof(E));
+    w.zeros = arena.take<T>(padding_);
+    w.row_list = arena.take<PixelRow<T>>(pieces);
+    w.taps = arena.take<const T*>(pieces * plane_rows_);
+    std::memset(w.zeros, 0, padding_ * sizeof(T));
     for (int64_t b = 0; b < count; ++b)
       read_totals<T>(p_, channel(begin + b), 0, s_.taps(), w.totals + b * sums_);
     for (int64_t n = 0; n < s_.batch; ++n)
       for (int64_t first = 0; first < rows_; first += band_) {
-        const Band band = band_of(n, first);
-        list_offsets(band, w);
-        for (int64_t b = 0; b < count; ++b)
-          for (int64_t at = band.first; at < band.last; at += w.joined[at - band.first])
-            add_rows(band, at, w.joined[at - band.first], b, w);
+        const int64_t last = least(first + band_, rows_);
+        PixelRows<T> pixels = rows_of(n, first, last, w);
+        const auto add = [&](auto blocks, int64_t b) {
+          pixels.channel = channel(begin + b);
+          if (asks_) fetch_next(n, first, last, begin + b, blocks.value, pixels);
+          all_taps<C, blocks.value>(pixels, plane_rows_, wide_.kernel,
+                                    wide_.dilation * p_.input.stride[4],
+                                    wide_.stride * p_.input.stride[4], w.totals + b * sums_,
+                                    w.chains + b * C * sums_, sums_);
+        };
+        int64_t b = 0;
+        if constexpr (C == 1 && V::registers == 32)
+          if (s_.taps() * 2 <= most_chains_of(V::registers))
+            for (; b + 1 < count && (begin + b + 2) * L <= s_.groups; b += 2)
+              add(std::integral_constant<int, 2>{}, b);
+        for (; b < count; ++b) add(std::integral_constant<int, 1>{}, b);
       }
     for (int64_t b = 0; b < count; ++b)
       write_totals<T>(p_, channel(begin + b), 0, s_.taps(), w.totals + b * sums_);
   }
   int64_t channel(int64_t block) const { return least(block * L, s_.groups - L); }
 
-  Band band_of(int64_t n, int64_t first) const {
-    const int64_t last = least(first + band_, rows_);
-    const T* const inputs = static_cast<const T*>(p_.input.data) + n * p_.input.stride[0];
-    const T* const grads = static_cast<const T*>(p_.output.data) + n * p_.output.stride[0];
-    const int64_t far = high_.input_of((last - 1) % high_.out, high_.kernel - 1) + 1 +
-                        deep_.input_of((last - 1) / high_.out, deep_.kernel - 1) * high_.in;
-    return {first,
-            last,
-            inputs,
-            grads,
-            inputs + most(0, least(far, deep_.in * high_.in)) * p_.input.stride[3],
-            grads + last * p_.output.stride[3]};
-  }
-
-  // For each row of the band where what each row of taps reads lies, or -1: padding; last its
-  // gradient. And with how many rows it begins whose rows of taps lie in the padding as its own do.
-  void list_offsets(const Band& band, const Workspace& w) const {
+  // Rows [first, last) of sample n, those of its channel 0.
+  PixelRows<T> rows_of(int64_t n, int64_t first, int64_t last, const Workspace& w) const {
     const int64_t *const in = p_.input.stride, *const out = p_.output.stride;
-    for (int64_t at = band.last - 1; at >= band.first; --at) {
-      const int64_t d = at / high_.out, h = at % high_.out, i = at - band.first;
-      int64_t* const offset = offsets_of(i, w);
-      offset[plane_rows_] = d * out[2] + h * out[3];
-      bool alike = at + 1 < band.last;
-      for (int64_t r = 0; r < plane_rows_; ++r) {
-        const int64_t id = deep_.input_of(d, r / high_.kernel);
-        const int64_t ih = high_.input_of(h, r % high_.kernel);
-        const bool inside = deep_.holds_input(id) && high_.holds_input(ih);
-        offset[r] = inside ? id * in[2] + ih * in[3] : -1;
-        alike = alike && (offset[plane_rows_ + 1 + r] < 0) == !inside;
-      }
-      w.joined[i] = alike ? least(w.joined[i + 1] + 1, most_joined) : 1;
-    }
-  }
-  int64_t* offsets_of(int64_t row, const Workspace& w) const {  // row of the band
-    return w.offsets + row * (plane_rows_ + 1);
-  }
-
-  // Rows [at, at + rows) of pixels for block b, a group's part of them after the other.
-  void add_rows(const Band& band, int64_t at, int64_t rows, int64_t b, const Workspace& w) const {
-    const int64_t to_input = p_.input.stride[4], to_grad = p_.output.stride[4];
-    const int64_t first_channel = channel(w.begin + b);
-    E *const chain = w.chains + b * C * sums_, *const total = w.totals + b * sums_;
-    // A block's share of as many rows as these are of the band.
-    const auto share = [&](const T* ahead, int64_t stride, int64_t row, int64_t columns) {
-      const T* const from =
-          ahead + (at - band.first) * stride * row + (w.begin + b) * rows * stride * columns * L;
-      return Ahead{reinterpret_cast<const char*>(from),
-                   reinterpret_cast<const char*>(from + rows * stride * columns * L)};
-    };
-    PixelRow<T> part[most_joined];
-    const T* corner[most_joined];
-    PixelRows<T> pixels;
-    pixels.row = part;
-    pixels.grad_pitch = to_grad;
+    const T* const inputs = static_cast<const T*>(p_.input.data) + n * in[0];
+    const T* const grads = static_cast<const T*>(p_.output.data) + n * out[0];
+    PixelRows<T> pixels{};
+    pixels.row = w.row_list;
+    pixels.grad_pitch = out[4];
     pixels.tap_columns = wide_.dilation;
     pixels.pixel_columns = wide_.stride;
     pixels.width = wide_.in;
-    pixels.input_ahead = share(band.inputs_ahead, high_.stride, p_.input.stride[3], wide_.in);
-    pixels.grad_ahead = share(band.grads_ahead, 1, p_.output.stride[3], wide_.out);
-    int64_t row = at, x = 0;
-    for (int64_t number = at * wide_.out; row < at + rows; number = pixels.end) {
-      pixels.number = pixels.end = number;
-      const int64_t* const offset = offsets_of(row - band.first, w);
-      for (pixels.count = 0; row < at + rows && (pixels.count == 0 || pixels.end % G != 0);) {
-        const int64_t next = least(wide_.out, x + G - pixels.end % G);
-        PixelRow<T>& one = part[pixels.count];
-        one.grad =
-            band.grads + offsets_of(row - band.first, w)[plane_rows_] + first_channel + x * to_grad;
-        one.left = most(least(left_, next) - x, 0);
-        one.middle = most(least(right_, next) - most(left_, x), 0);
-        one.right = next - x - one.left - one.middle;
-        one.column = wide_.input_of(x, 0);
-        corner[pixels.count++] = band.inputs + first_channel + one.column * to_input;
-        pixels.end += next - x;
-        x = next;
-        if (x == wide_.out) ++row, x = 0;
+    pixels.number = first * wide_.out;
+    pixels.end = last * wide_.out;
+    pixels.begins = pixels.number % G == 0;
+    const T** tap = w.taps;
+    for (int64_t at = first, number = pixels.number; at < last; ++at) {
+      const int64_t d = at / high_.out, h = at % high_.out;
+      for (int64_t x = 0, next; x < wide_.out; x = next) {
+        next = least(wide_.out, x + G - number % G);
+        number += next - x;
+        PixelRow<T>& row = w.row_list[pixels.count++];
+        row.grad = grads + d * out[2] + h * out[3] + x * out[4];
+        row.taps = tap;
+        row.left = most(least(left_, next) - x, 0);
+        row.middle = most(least(right_, next) - most(left_, x), 0);
+        row.right = next - x - row.left - row.middle;
+        row.column = wide_.input_of(x, 0);
+        row.closes = number % G == 0 || number == s_.outputs();
+        for (int64_t r = 0; r < plane_rows_; ++r) {
+          const int64_t id = deep_.input_of(d, r / high_.kernel);
+          const int64_t ih = high_.input_of(h, r % high_.kernel);
+          const bool inside = deep_.holds_input(id) && high_.holds_input(ih);
+          *tap++ = (inside ? inputs + id * in[2] + ih * in[3] : w.zeros) + row.column * in[4];
+        }
       }
-      const bool closes = pixels.end % G == 0 || pixels.end == s_.outputs();
-      pixels.begins = folds_in_tile<V> && number % G == 0;
-      pixels.ends = folds_in_tile<V> && closes;
-      add_taps(pixels, part, offset, corner, chain, total);
-      if (!folds_in_tile<V> && closes) fold_chains<T>(sums_, chain, total);
     }
+    return pixels;
   }
 
-  // All taps of some pixels; `offset` is that of the first row, `corner` what the first pixel of
-  // each would read in row 0. A row of taps in the padding adds products of the gradient with +0:
-  // all its taps the same sum.
-  void add_taps(PixelRows<T>& pixels, PixelRow<T>* part, const int64_t* offset,
-                const T* const* corner, E* chain, E* total) const {
-    V nothing[C];
-    bool summed = false;
-    for (int64_t r = 0, run; r < plane_rows_; r += run) {
-      run = 1;
-      while (r + run < plane_rows_ && (offset[r + run] < 0) == (offset[r] < 0)) ++run;
-      if (offset[r] >= 0) {
-        const T* start[most_joined][most_rows];
-        for (int64_t j = 0; j < pixels.count; ++j) {
-          for (int64_t i = 0; i < run; ++i)
-            start[j][i] = corner[j] + offset[j * (plane_rows_ + 1) + r + i];
-          part[j].taps = start[j];
-        }
-        all_taps<C>(pixels, run, wide_.kernel, wide_.dilation * p_.input.stride[4],
-                    wide_.stride * p_.input.stride[4], total + r * wide_.kernel * L,
-                    chain + r * wide_.kernel * L, sums_);
-      } else {
-        if (!summed) multiply_by_zero(pixels, nothing);
-        summed = true;
-        for (int64_t i = r * wide_.kernel; i < (r + run) * wide_.kernel; ++i)
-          add_nothing(pixels, nothing, chain + i * L, total + i * L);
-      }
-    }
-  }
-  static void multiply_by_zero(const PixelRows<T>& pixels, V (&nothing)[C]) {
-    for (V& sum : nothing) sum = V::zero();
-    int64_t number = pixels.number;
-    for (const PixelRow<T>* row = pixels.row; row < pixels.row + pixels.count; ++row)
-      for (int64_t i = 0; i < row->left + row->middle + row->right; ++i, ++number) {
-        V& sum = nothing[number % C];
-        sum = fma(V::load(row->grad + i * pixels.grad_pitch), V::zero(), sum);
-      }
-  }
-  void add_nothing(const PixelRows<T>& pixels, const V (&nothing)[C], E* chain, E* total) const {
-    V sum[C];
-    for (int q = 0; q < C; ++q) {
-      E* const at = chain + q * sums_;
-      sum[q] = pixels.begins ? nothing[q] : V::load(at) + nothing[q];
-      sum[q].store(at);
-    }
-    if (pixels.ends) (V::load(total) + sum_of(sum)).store(total);
+  // What the next band reads first is fetched meanwhile, across the end of a sample too: a block's
+  // share of it.
+  void fetch_next(int64_t n, int64_t first, int64_t last, int64_t block, int64_t blocks,
+                  PixelRows<T>& pixels) const {
+    const auto share = [&](const RawView& view, int64_t columns, int64_t row, int64_t rows) {
+      const T* const from = static_cast<const T*>(view.data) + n * view.stride[0] +
+                            row * view.stride[3] + block * rows * columns * L;
+      return Ahead{reinterpret_cast<const char*>(from),
+                   reinterpret_cast<const char*>(from + blocks * rows * columns * L)};
+    };
+    const int64_t far = high_.input_of((last - 1) % high_.out, high_.kernel - 1) + 1 +
+                        deep_.input_of((last - 1) / high_.out, deep_.kernel - 1) * high_.in;
+    pixels.input_ahead = share(p_.input, wide_.in, most(0, least(far, deep_.in * high_.in)),
+                               (last - first) * high_.stride);
+    pixels.grad_ahead = share(p_.output, wide_.out, last, last - first);
   }
 
   const ConvProblem& p_;
@@ -518,6 +477,8 @@ class InPlaceGradWeight {
   const int64_t blocks_, plane_rows_;  // of channels; of taps
   const int64_t sums_;                 // of a block
   const int64_t rows_;                 // of pixels
+  const int64_t padding_;              // elements of a row in it, if one is read
+  const bool asks_;                    // ahead
   int64_t band_ = 1;                   // so many of them
   // The pixels of a row that read no padding lie between these.
   int64_t left_ = 0, right_ = wide_.out;
@@ -747,12 +708,12 @@ class PanelGradWeight {
       E* const chains = w.chains + b * chains_of<T> * team.sums;
       for (int c = 0; c < passes; ++c) {
         PixelRows<E> group = rows_of(team, b, c, row, from, pixels, number, some, w);
-        group.begins = folds_in_tile<Vec<E>> && number % G == 0;
-        group.ends = folds_in_tile<Vec<E>> && closes;
+        group.begins = passes == 1 && number % G == 0;
+        w.row_list[group.count - 1].closes = passes == 1 && closes;
         all_taps<C>(group, team.r1 - team.r0, wide_.kernel, wide_.dilation * L,
                     passes * wide_.stride * L, total, chains + c * team.sums, team.sums);
       }
-      if (!folds_in_tile<Vec<E>> && closes) fold_chains<T>(team.sums, chains, total);
+      if (passes > 1 && closes) fold_chains<T>(team.sums, chains, total);
     }
   }
   // The same pixels row by row, for block b and pass c.

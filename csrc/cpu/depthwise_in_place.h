@@ -84,15 +84,6 @@ struct InPlacePlan {
   bool asks_for_source, asks_for_result;  // ahead
 };
 
-// Are the input and output more than the caches between a core and the memory are taken to hold?
-// What they hold is read no sooner if it is asked for ahead, and asking costs as much as reading.
-template <class T>
-bool exceeds_caches(const ConvProblem& p) {
-  const ConvShape& s = p.shape;
-  const int64_t elements = s.in_channels * s.inputs() + s.out_channels * s.outputs();
-  return s.batch * elements * static_cast<int64_t>(sizeof(T)) > 16 << 20;
-}
-
 // The rows of a tile: as many as have their chains in registers, of groups one (two gain little).
 template <class T, bool grouped = false>
 constexpr int most_height = Vec<Total<T>>::registers == 32 && chains_of<T> == 1 && !grouped ? 2 : 1;
@@ -400,7 +391,7 @@ bool map_in_place(const ConvProblem& p) {
   plan.channels = transposed ? s.in_channels : s.out_channels;
   plan.planes = s.group_in();
   plan.numbers = plan.planes * s.taps();
-  plan.asks_for_source = exceeds_caches<T>(p);
+  plan.asks_for_source = exceeds_caches<T>(p, 16 << 20);
   for (int a = 0; a < 3; ++a) plan.axis[a] = MapAxis::of(s.axis[a], transposed);
   const Axis& along = s.axis[2];
   const int kernel = static_cast<int>(along.kernel);
