@@ -90,20 +90,22 @@ bool store_pairs(const T* total, int64_t apart, int64_t rows, int vecs, const Ta
       S* const to = target.data + target.position[r] + j * target.to_lane;
       const S* const ahead =
           target.data + target.position[least(r + L, rows - 1)] + j * target.to_lane;
-      V block[2][L];
-      for (int k = 0; k < 2; ++k) {
-        const T* const from = total + k * apart + r * vecs * L + j;
+      for (int k = 0; k < 2 && k * L < elements; ++k) {
+        const int stored = static_cast<int>(least(elements - k * L, L));
+        V block[L];  // of both phases in turns
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i) {
           prefetch_to_write(ahead + i * target.to_lane + k * L);
-          block[k][i] = results.of(i < run ? V::load(from + i * vecs * L) + b : V::zero());
+          const int64_t pixel = (k * L + i) / 2;
+          const T* const from = total + i % 2 * apart + (r + pixel) * vecs * L + j;
+          block[i] = results.of(pixel < run ? V::load(from) + b : V::zero());
         }
-        V::transpose(block[k]);
-      }
-      for (int i = 0; i < some; ++i) {
-        V result[2];
-        V::merge(block[0][i], block[1][i], result[0], result[1]);
-        store_run<2>(result, elements, to + i * target.to_lane);
+        V::transpose(block);
+        for (int i = 0; i < some; ++i)
+          if (stored == L)
+            block[i].store(to + i * target.to_lane + k * L);
+          else
+            block[i].store(to + i * target.to_lane + k * L, stored);
       }
     }
   }
@@ -263,7 +265,7 @@ class PixelProduct {
               extent <= INT32_MAX && whole_vectors;
     patched_ = !turned_ &&
                (phases_ > 1 || !(tap_in_place || taps_in_place_) || padding || extent > INT32_MAX);
-    apart_ = !patched_ && terms_in_place_ && pixel_pitch() >= 64;
+    if (!patched_ && terms_in_place_ && pixel_pitch() >= 64) asks_ = Asks::row_apart;
     // Few filters wait for the memory, which is faster with fewer and longer runs.
     if (wide_ && tap_in_place && !patched_ && !turned_ && !widens && all_taps_ == 1 &&
         call_.lanes <= rows_turned && call_.image_channels <= K::group)
@@ -696,8 +698,8 @@ class PixelProduct {
         if (const int some = neighbours_of(tile, part, w.width_of[i]); some > 0)
           return multiply_image_rows(some, w.width_of[i], part, g, first, rows, panel, total,
                                      finish);
-      multiply_rows<T, K::chains>(first, rows, terms, length, panel, tile.vecs, total, g > 0,
-                                  apart_, finish);
+      multiply_rows<T, K::chains>(first, rows, terms, length, panel, tile.vecs, total, g > 0, asks_,
+                                  finish);
     }
   }
 
@@ -729,8 +731,8 @@ class PixelProduct {
       const int64_t left = onward > 0 ? first + width - rest : first;
       Finish<T> here = finish ? *finish : Finish<T>{};
       here.position += left;
-      multiply_rows<T, 1>(row + left, rest, terms, length, panel, 1, total + left * L, g > 0,
-                          apart_, finish ? &here : nullptr);
+      multiply_rows<T, 1>(row + left, rest, terms, length, panel, 1, total + left * L, g > 0, asks_,
+                          finish ? &here : nullptr);
     }
   }
 
@@ -798,8 +800,9 @@ class PixelProduct {
   int64_t work_, lane_blocks_ = 1, boxes_, box_samples_, box_rows_;
   int64_t piece_[4] = {1, 1, 1, 1};  // so many of n, d, h, w
   PatchLayout layout_;
-  bool patched_, turned_, apart_;  // apart: each row reads lines of its own
-  int64_t run_terms_ = K::group;   // multiplied at a time
+  bool patched_, turned_;
+  Asks asks_ = Asks::tile;
+  int64_t run_terms_ = K::group;  // multiplied at a time
   int chains_held_ = 1;  // in the registers of a wide tile; the first of two may wait in memory
   bool one_chunk_;
   bool keeps_panels_;  // of a block of lanes, from box to box

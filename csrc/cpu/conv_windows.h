@@ -515,7 +515,10 @@ class WindowProduct {
           continue;
         }
       const T* panel = w.panel;
-      if (panels_in_place_ && lane_blocks_ == 1)
+      const bool panel_in_place = panels_in_place_ && lane_blocks_ == 1;
+      // Few rows wait for the lanes, not for what they read themselves.
+      const bool asks_for_panel = panel_in_place && b.rows <= 64 && lists_ == 1;
+      if (panel_in_place)
         panel = reinterpret_cast<const T*>(lanes) + w.lane_offset[t];
       else
         pack_group(c, n + 1 < b.last_sample, tile, t, lanes, w);
@@ -531,7 +534,8 @@ class WindowProduct {
         const bool some = length[0] > 0 || length[K::chains - 1] > 0;
         if (rows > 0 && (some || !resume))
           multiply_rows<T, K::chains>(w.row + row0, rows, w.term + list * table_size() + t, length,
-                                      panel, tile.vecs, to + row0 * tile.vecs * L, resume);
+                                      panel, tile.vecs, to + row0 * tile.vecs * L, resume,
+                                      asks_for_panel ? Asks::panel : Asks::tile);
       }
     }
   }

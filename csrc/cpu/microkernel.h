@@ -70,6 +70,11 @@ struct Finish {
 // only group, whose chains were left there.
 enum class Group { first, next, same };
 
+// What lies ahead and is asked for with each term: what it reads of a later tile; of rows apart,
+// each in lines of its own, another one; or the next group's panel, which follows this one where
+// lanes are read in place.
+enum class Asks { tile, row_apart, panel };
+
 // The steps of a tile of one chain. multiply_tiles has its own: in calls its hot loop would lose
 // registers.
 template <class V, int Rows, int Vecs>
@@ -152,10 +157,9 @@ __attribute__((noinline, cold)) void store_special(const T* sum, int rows, int v
 
 // `tiles` of them, one below the other: their pointers follow in `in_place`, their rows in `total`,
 // Rows x Vecs vectors a tile, unless `finish` takes them.
-// `length[c]` terms of chain c, chain after chain. `last` is the last pointer of the whole work:
-// what lies ahead is asked for early; of rows that are Apart, each in lines of its own, each term
-// asks for another one.
-template <class T, class S, class D, int Chains, int Rows, int Vecs, bool Wide, bool Apart = false>
+// `length[c]` terms of chain c, chain after chain. `last` is the last pointer of the whole work.
+template <class T, class S, class D, int Chains, int Rows, int Vecs, bool Wide,
+          Asks asks = Asks::tile>
 void multiply_tiles(int64_t tiles, const S* const* in_place, const Term* terms,
                     const int32_t* length, const T* panel, T* total, Group group,
                     const S* const* last, const Finish<T, D>* finish) {
@@ -173,6 +177,8 @@ void multiply_tiles(int64_t tiles, const S* const* in_place, const Term* terms,
     const S* const ahead = last - in_place > far * pointers ? in_place[far * pointers] : *last;
     const S* const* const rows_ahead =
         in_place + (last - in_place >= far * pointers + 7 ? far * pointers : 0);
+    // Of four vectors two tiles in turns ask for two.
+    const int64_t next_panel = (length[0] * Vecs + (Vecs > 2 ? tiles % 2 * 2 : 0)) * L;
     if (!Wide && finish) {
       const int64_t* const next = position + (last - in_place > 3 * pointers ? 2 * pointers : 0);
 #pragma GCC unroll 16
@@ -196,11 +202,15 @@ void multiply_tiles(int64_t tiles, const S* const* in_place, const Term* terms,
         const Term now = *term++;
         const int64_t o = now.in_place();
         const T* const packed = panel + now.packed() * (Wide ? Rows : Vecs * L);
-        if constexpr (Apart)
+        if constexpr (asks == Asks::row_apart) {
           prefetch_near(rows_ahead[n & 7] + o);
-        else
+        } else if constexpr (asks == Asks::panel) {
+#pragma GCC unroll 2
+          for (int j = 0; j < (Vecs < 2 ? Vecs : 2); ++j) prefetch(packed + next_panel + j * L);
+        } else {
 #pragma GCC unroll 8
           for (int j = 0; j < lines; ++j) prefetch_near(ahead + o + j * L);
+        }
         if constexpr (Wide && Rows < Vecs) {
           V row[Rows];
 #pragma GCC unroll 16
@@ -277,19 +287,22 @@ using Tiles = void (*)(int64_t, const S* const*, const Term*, const int32_t*, co
                        const S* const*, const Finish<T, D>*);
 
 // The tile of `rows` x `vecs`, 1 <= rows <= TileSize::rows_of(vecs), 1 <= vecs <= TileSize::vecs.
-// Only of whole tiles it matters whether their rows lie apart.
+// Whole tiles alone have a choice of what they ask for.
 template <class T, int Chains, int Vecs = TileSize<T, Chains>::vecs,
           int Rows = TileSize<T, Chains>::rows_of(Vecs)>
-TNC_INLINE Tiles<T> tile_of(int rows, int vecs, bool apart) {
+TNC_INLINE Tiles<T> tile_of(int rows, int vecs, Asks asks) {
   using Size = TileSize<T, Chains>;
   if constexpr (Vecs > 1) {
-    if (vecs < Vecs) return tile_of<T, Chains, Vecs - 1>(rows, vecs, apart);
+    if (vecs < Vecs) return tile_of<T, Chains, Vecs - 1>(rows, vecs, asks);
   }
   if constexpr (Rows > 1) {
-    if (rows < Rows) return tile_of<T, Chains, Vecs, Rows - 1>(rows, vecs, apart);
+    if (rows < Rows) return tile_of<T, Chains, Vecs, Rows - 1>(rows, vecs, asks);
   }
   if constexpr (Chains == 1 && Rows == Size::rows_of(Vecs)) {
-    if (apart) return multiply_tiles<T, T, T, Chains, Rows, Vecs, false, true>;
+    if (asks == Asks::row_apart)
+      return multiply_tiles<T, T, T, Chains, Rows, Vecs, false, Asks::row_apart>;
+    if (asks == Asks::panel)
+      return multiply_tiles<T, T, T, Chains, Rows, Vecs, false, Asks::panel>;
   }
   return multiply_tiles<T, T, T, Chains, Rows, Vecs, false>;
 }
@@ -328,14 +341,14 @@ TNC_INLINE void each_row_tile(int64_t rows, int vecs, const Use& use) {
 // total[r] += the group, for all rows; total has `vecs` vectors a row.
 template <class T, int Chains>
 void multiply_rows(const T* const* row, int64_t rows, const Term* terms, const int32_t* length,
-                   const T* panel, int vecs, T* total, bool resume, bool apart = false,
+                   const T* panel, int vecs, T* total, bool resume, Asks asks = Asks::tile,
                    const Finish<T>* finish = nullptr) {
   const T* const* const last = row + rows - 1;
   Finish<T> here = finish ? *finish : Finish<T>{};
   const Group group = resume ? Group::next : Group::first;
   each_row_tile<T, Chains>(rows, vecs, [&](int64_t tiles, int tile_rows) {
-    tile_of<T, Chains>(tile_rows, vecs, apart)(tiles, row, terms, length, panel, total, group, last,
-                                               finish ? &here : nullptr);
+    tile_of<T, Chains>(tile_rows, vecs, asks)(tiles, row, terms, length, panel, total, group, last,
+                                              finish ? &here : nullptr);
     row += tiles * tile_rows;
     if (finish) here.position += tiles * tile_rows;
     total += tiles * tile_rows * vecs * Vec<T>::lanes;

@@ -102,7 +102,8 @@ TNC_INLINE int run_length(const Integer* number, int64_t limit, int64_t step = 1
   return n;
 }
 
-// panel[t][j] = src[j * lane_stride + offset[t]] for t < terms, j < lanes; +0 up to j < pitch.
+// panel[t][j] = src[j * lane_stride + offset[t]] for t < terms, j < lanes, at most 4 vectors; +0 up
+// to j < pitch.
 // Terms that are `step` apart may lie side by side in memory: the taps of a channel if that is 1,
 // the channels of a tap if it is their number. Meanwhile the memory of the panel after this one,
 // whose terms are `next` of next_src, is asked for, a few lines at a time: a burst of them would
@@ -115,14 +116,24 @@ void pack_panel(T* panel, int pitch, int lanes, const S* src, int64_t lane_strid
   constexpr int L = V::lanes;
   constexpr int line = 64 / sizeof(S);
   if (lane_stride == 1) {
-    for (int64_t t = 0; t < terms; ++t, panel += pitch) {
-      const S* const from = src + offset[t];
-      for (int k = 0; k < lanes && t < next_terms; k += line) prefetch(next_src + next[t] + k);
-      int j = 0;
-      for (; j + L <= lanes; j += L) V::load(from + j).store(panel + j);
-      if (j < lanes) V::load(from + j, lanes - j).store(panel + j, pitch - j < L ? pitch - j : L);
+    const auto copy = [&](auto vecs) __attribute__((always_inline)) {
+      constexpr int last = (vecs.value - 1) * L;
+      const int rest = lanes - last, padded = pitch - last < L ? pitch - last : L;
+      for (int64_t t = 0; t < terms; ++t, panel += pitch) {
+        const S* const from = src + offset[t];
+        const S* const ahead = t < next_terms ? next_src + next[t] : from;
+        prefetch_row<vecs.value, V>(ahead);
+#pragma GCC unroll 4
+        for (int j = 0; j < last; j += L) V::load(from + j).store(panel + j);
+        V::load(from + last, rest).store(panel + last, padded);
+      }
+    };
+    switch (up(lanes, L)) {
+      case 1: return copy(std::integral_constant<int, 1>{});
+      case 2: return copy(std::integral_constant<int, 2>{});
+      case 3: return copy(std::integral_constant<int, 3>{});
+      default: return copy(std::integral_constant<int, 4>{});
     }
-    return;
   }
   for (int j = 0; j < lanes; j += L) {
     const int some = lanes - j < L ? lanes - j : L;
