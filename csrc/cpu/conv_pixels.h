@@ -164,7 +164,9 @@ class PixelProduct {
     constexpr double always[3] = {HUGE_VAL, HUGE_VAL, HUGE_VAL};
     const bool in_place = !widens && phases_ == 1 && !wide_;
     terms_in_place_ = in_place && call_.image_stride[1] == 1;
-    taps_in_place_ = all_taps_ > 1 && (terms_in_place_ ? pixel_pitch() <= pixel_bytes
+    // Neighbours share most of the pixels that their taps read, unless these are dilated.
+    const int64_t spread = std::llabs(grid_[0][2].shift_step) > 1 ? 2 : 1;
+    taps_in_place_ = all_taps_ > 1 && (terms_in_place_ ? spread * pixel_pitch() <= pixel_bytes
                                                        : in_place && call_.image_stride[4] == 1 &&
                                                              !channels_crowd());
     if (may_cut && taps_in_place_)
