@@ -516,7 +516,7 @@ class WindowProduct {
         }
       const T* panel = w.panel;
       const bool panel_in_place = panels_in_place_ && lane_blocks_ == 1;
-      // Few rows wait for the lanes, not for what they read themselves.
+      // Few rows wait for the gradient, not for what they read themselves.
       const bool asks_for_panel = panel_in_place && b.rows <= 64 && lists_ == 1;
       if (panel_in_place)
         panel = reinterpret_cast<const T*>(lanes) + w.lane_offset[t];

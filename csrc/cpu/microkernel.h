@@ -301,8 +301,7 @@ TNC_INLINE Tiles<T> tile_of(int rows, int vecs, Asks asks) {
   if constexpr (Chains == 1 && Rows == Size::rows_of(Vecs)) {
     if (asks == Asks::row_apart)
       return multiply_tiles<T, T, T, Chains, Rows, Vecs, false, Asks::row_apart>;
-    if (asks == Asks::panel)
-      return multiply_tiles<T, T, T, Chains, Rows, Vecs, false, Asks::panel>;
+    if (asks == Asks::panel) return multiply_tiles<T, T, T, Chains, Rows, Vecs, false, Asks::panel>;
   }
   return multiply_tiles<T, T, T, Chains, Rows, Vecs, false>;
 }

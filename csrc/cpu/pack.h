@@ -125,7 +125,8 @@ void pack_panel(T* panel, int pitch, int lanes, const S* src, int64_t lane_strid
         prefetch_row<vecs.value, V>(ahead);
 #pragma GCC unroll 4
         for (int j = 0; j < last; j += L) V::load(from + j).store(panel + j);
-        V::load(from + last, rest).store(panel + last, padded);
+        const V x = rest == L ? V::load(from + last) : V::load(from + last, rest);
+        x.store(panel + last, padded);
       }
     };
     switch (up(lanes, L)) {
