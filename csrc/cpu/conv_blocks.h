@@ -161,11 +161,15 @@ void copy_patch(T* patch, const PatchLayout& layout, const S* image, int64_t ima
   // What is asked for early: some KB further on.
   const int64_t copied = width * box.size(0) * box.size(1) * std::llabs(step) * int64_t{sizeof(S)};
   const int64_t ahead = most(4096 / most(copied, 1), 1) * image_channel;
+  // Rows that follow each other in the image as they do in the patch are copied as one.
+  const bool joined = step == 1 && w0 == 0 && w1 == width && hop[1] == 1 && layout.odd == 0 &&
+                      image_axis[1] == width && layout.axis[1] == width;
   for (int64_t c = 0; c < channels; c += at_once)
     for (int64_t d = box.from[0], i = 0; d < box.to[0]; d += hop[0], ++i)
-      for (int64_t h = box.from[1], j = 0; h < box.to[1]; h += hop[1], ++j) {
+      for (int64_t h = box.from[1], j = 0, rows; h < box.to[1]; h += rows * hop[1], j += rows) {
         T* const to = patch + c * layout.channel + i * layout.axis[0] + j * layout.axis[1];
         const bool inside = d >= 0 && d < image_size[0] && h >= 0 && h < image_size[1] && w0 < w1;
+        rows = joined && inside ? least(box.to[1], image_size[1]) - h : 1;
         if (!inside) {
           for (int64_t k = 0; k < at_once; ++k)
             zero_run(to + k * layout.channel, most(width, 2 * layout.odd));
@@ -187,9 +191,9 @@ void copy_patch(T* patch, const PatchLayout& layout, const S* image, int64_t ima
           copy_transposed(to + w0, layout.channel, from, step, channels, w1 - w0);
         } else {
           if (step == 1 || step == 2)  // the same row of a later channel
-            for (int64_t w = 0; w < (w1 - w0) * step; w += 64 / int64_t{sizeof(S)})
+            for (int64_t w = 0; w < rows * (w1 - w0) * step; w += 64 / int64_t{sizeof(S)})
               prefetch(from + ahead + w);
-          copy_run(to + w0, from, step, w1 - w0);
+          copy_run(to + w0, from, step, rows * (w1 - w0));
         }
         if (w1 < width)
           for (int64_t k = 0; k < at_once; ++k) zero_run(to + k * layout.channel + w1, width - w1);
