@@ -63,9 +63,8 @@ bool store_interleaved(const T* total, int64_t apart, int64_t vectors, int wides
           const V b = V::broadcast(target.bias[i]);
           V result[Phases];
           for (int k = 0; k < Phases; ++k) result[k] = results.of(V::load(from + k * apart) + b);
-          interleave<Phases>(result);
-          store_run<Phases>(result, elements,
-                            target.data + i * target.to_lane + target.position[v + j]);
+          store_in_turns<Phases>(result, target.data + i * target.to_lane + target.position[v + j],
+                                 elements);
         }
       }
   });

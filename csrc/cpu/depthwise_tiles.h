@@ -67,17 +67,9 @@ TNC_INLINE void store_plane_vector(Vec<Total<T>> result, const PlaneTile<T>& til
 template <class T, int vecs>
 TNC_INLINE void store_plane_pairs(Vec<Total<T>> even, Vec<Total<T>> odd, const PlaneTile<T>& tile,
                                   T* row, int c) {
-  using V = Vec<Total<T>>;
-  V low, high;
-  V::merge(even, odd, low, high);
-  T* const to = row + 2 * (c + 1 < vecs ? c * V::lanes : tile.last);
-  if (is_cut<T, vecs>(tile, c)) {
-    low.store(to, static_cast<int>(least(2 * tile.lanes, V::lanes)));
-    high.store(to + V::lanes, static_cast<int>(most(2 * tile.lanes - V::lanes, 0)));
-  } else {
-    low.store(to);
-    high.store(to + V::lanes);
-  }
+  constexpr int L = Vec<Total<T>>::lanes;
+  store_in_turns(even, odd, row + 2 * (c + 1 < vecs ? c * L : tile.last),
+                 2 * (is_cut<T, vecs>(tile, c) ? tile.lanes : L));
 }
 
 template <class T, int rows, int vecs>
@@ -385,7 +377,9 @@ void double_strip(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
 #pragma GCC unroll 2
         for (int qw = 0; qw < 2; ++qw)
           both[qw] = result_of<T>((V::zero() + sum_of(acc[q][qw][c])) + bias);
-        store_plane_pairs<T, vecs>(both[0], both[1], tile, out + q * tile.out_step, c);
+        T* const to = out + q * tile.out_step;
+        prefetch_row<2 * vecs, V>(to + tile.next_out);
+        store_plane_pairs<T, vecs>(both[0], both[1], tile, to, c);
       }
     }
   }

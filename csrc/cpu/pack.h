@@ -191,16 +191,32 @@ TNC_INLINE void interleave(V (&x)[n]) {
   }
 }
 
-// The first `count` elements of n vectors.
-template <int n, class V, class T>
-TNC_INLINE void store_run(const V (&x)[n], int64_t count, T* to) {
+// The first `count` elements of two vectors in turns.
+template <class V, class T>
+TNC_INLINE void store_in_turns(V even, V odd, T* to, int64_t count) {
   constexpr int L = V::lanes;
-  for (int k = 0; k < n; ++k) {
-    const int64_t rest = count - k * L;
-    if (rest >= L)
-      x[k].store(to + k * L);
-    else if (rest > 0)
-      x[k].store(to + k * L, static_cast<int>(rest));
+  V first, second;
+  V::merge(even, odd, first, second);
+  if (count >= 2 * L) {
+    first.store(to);
+    second.store(to + L);
+  } else {
+    first.store(to, static_cast<int>(least(count, L)));
+    if (count > L) second.store(to + L, static_cast<int>(count - L));
+  }
+}
+// Of n vectors, a power of 2.
+template <int n, class V, class T>
+TNC_INLINE void store_in_turns(const V (&x)[n], T* to, int64_t count) {
+  if constexpr (n == 1) {
+    x[0].store(to, static_cast<int>(least(count, V::lanes)));
+  } else {
+    V even[n / 2], odd[n / 2];
+    for (int i = 0; i < n / 2; ++i) even[i] = x[2 * i], odd[i] = x[2 * i + 1];
+    interleave<n / 2>(even);
+    interleave<n / 2>(odd);
+    for (int i = 0; i < n / 2 && count > 0; ++i, to += 2 * V::lanes, count -= 2 * V::lanes)
+      store_in_turns(even[i], odd[i], to, count);
   }
 }
 
@@ -214,8 +230,7 @@ void merge_rows(const T* from, int64_t pitch, int64_t, int64_t count, S* to) {
   for (int64_t at = 0; at < count; at += parts * V::lanes, from += V::lanes) {
     V x[parts];
     for (int k = 0; k < parts; ++k) x[k] = V::load(from + k * pitch);
-    interleave<parts>(x);
-    store_run<parts>(x, count - at, to + at);
+    store_in_turns<parts>(x, to + at, count - at);
   }
 }
 template <class T, class S>

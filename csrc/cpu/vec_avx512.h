@@ -101,6 +101,16 @@ struct Vec<float> {
     _mm256_mask_storeu_epi16(p, first(n), brains());
   }
 
+  // See pack.h. A pair of rounded halves is one word of the result.
+  friend TNC_INLINE void store_in_turns(Vec even, Vec odd, BFloat16* p, int64_t n) {
+    const __m512i low = _mm512_srli_epi32(even.rounded(), 16);
+    const Words words = _mm512_mask_blend_epi16(0x55555555, odd.rounded(), low);
+    if (n >= 2 * lanes)
+      store_words(words, p);
+    else
+      store_words(words, (1u << n) - 1, p);
+  }
+
   friend TNC_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend TNC_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
   friend TNC_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
