@@ -15,7 +15,8 @@ constexpr int64_t total_bytes = 1 << 20;   // of a task's totals
 constexpr int64_t kept_bytes = 1 << 20;    // of the panels that a thread keeps
 constexpr int64_t sum_bytes = 4 << 20;     // of the sums that a task keeps of its groups
 constexpr int64_t phase_bytes = 1 << 20;   // of the samples whose stride phases take turns
-constexpr int64_t rows_of_task = 2048;     // pixels that share a packed panel, at most
+constexpr int64_t phase_total_bytes = 256 << 10;  // of the totals of phases that share a patch
+constexpr int64_t rows_of_task = 2048;            // pixels that share a packed panel, at most
 
 // What a product of S is made with: the type of its totals, the chains of a group, its length.
 template <class S>

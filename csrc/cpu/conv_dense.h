@@ -166,7 +166,7 @@ bool dense_grad_input(const ConvProblem& p) {
 inline bool is_pointwise(const ConvShape& s) {
   bool yes = true;
   for (const Axis& a : s.axis)
-    yes = yes && a.kernel == 1 && a.pad == 0 && a.input_of(a.out - 1, 0) < a.in;
+    yes = yes && a.kernel == 1 && !a.reads_padding();
   return yes;
 }
 inline ConvProblem swapped(const ConvProblem& p) {

@@ -202,7 +202,7 @@ class PixelProduct {
     int64_t target = least(rows_of_task, most(rows_of_task / 2, pixels_of_patch));
     if (phases_ > 1) {
       const int64_t lanes = wide_ ? call_.lanes : least(call_.lanes, Size::vecs * L);
-      target = least(target, most(64, phase_bytes / (int64_t{sizeof(T)} * lanes * phases_)));
+      target = least(target, most(64, phase_total_bytes / (int64_t{sizeof(T)} * lanes * phases_)));
       // All channels in one patch, or the totals of all lanes are kept.
       if (!wide_)
         target = least(target, most(64, phase_bytes / (int64_t{sizeof(T)} * call_.image_channels)));
@@ -633,18 +633,23 @@ class PixelProduct {
     }
     // Vectors that lie side by side in the result are stored out of the registers.
     const bool stores_lanes = !widens && call_.target_stride[1] == 1;
-    if (in_turns_ == 1 && (wide_ ? s.to_pixel == 1 : stores_lanes)) {
-      const int elements = wide_ ? static_cast<int>(least(s.width, L)) : s.tile.lanes;
-      const Finish<T, S> finish{
-          s.to, w.position + s.i * box_rows_, call_.target_stride[1], w.bias, elements, &w.special};
+    const int elements = wide_ ? static_cast<int>(least(s.width, L)) : s.tile.lanes;
+    const Finish<T, S> finish{
+        s.to, w.position + s.i * box_rows_, call_.target_stride[1], w.bias, elements, &w.special};
+    if (in_turns_ == 1 && (wide_ ? s.to_pixel == 1 : stores_lanes))
       return multiply_panel(w, s, s.i, &finish);
-    }
-    for (int k = s.i; k < s.i + at_once(); ++k) multiply_panel(w, s, k, nullptr);
+    for (int k = s.i; k < s.i + at_once(); ++k)
+      multiply_panel(w, s, k, asks_for_result(s.tile) ? &finish : nullptr);
     if (s.g1 == groups_) store(place, w, s);
   }
 
+  // Of phases that take turns the result is stored when all are complete, and asked for before.
+  bool asks_for_result(const LaneTile& tile) const {
+    return !widens && !wide_ && in_turns_ > 1 && tile.vecs > 1;
+  }
+
   // The groups of panel k on top of the totals of the earlier ones. `finish` takes the totals of a
-  // part's last group.
+  // part's last group, or says what that asks for.
   void multiply_panel(const Workspace& w, const Step& s, int k, const Finish<T, S>* finish) const {
     const PanelTerms& all = panel_[k];
     const int width = wide_ ? s.tile.lanes : s.tile.vecs * L;
@@ -660,6 +665,11 @@ class PixelProduct {
       Finish<T, S> here = finish ? *finish : Finish<T, S>{};
       for (int64_t i = 0; i < all.parts; ++i) {
         const Part& part = all.part[i];
+        if (asks_for_result(s.tile)) {  // one phase from the first lane on, one from the last
+          const bool odd = part.grid[2].first != 0;
+          here.target = s.to + (odd ? s.tile.lanes - 1 : 0) * call_.target_stride[1];
+          here.row_step = odd ? -call_.target_stride[1] : call_.target_stride[1];
+        }
         const Finish<T, S>* const closes = finish && g == part.last_group ? &here : nullptr;
         if (rows[i] > 0 && (g == 0 || part.start[g] < part.start[g + 1]))
           multiply_part(w, s.tile, k * parts_ + i, g, row, rows[i], panel, total, closes);
@@ -699,7 +709,8 @@ class PixelProduct {
         if (const int some = neighbours_of(tile, part, w.width_of[i]); some > 0)
           return multiply_image_rows(some, w.width_of[i], part, g, first, rows, panel, total,
                                      finish);
-      multiply_rows<T, K::chains>(first, rows, terms, length, panel, tile.vecs, total, g > 0, asks_,
+      const Asks asks = finish && asks_for_result(tile) ? Asks::result : asks_;
+      multiply_rows<T, K::chains>(first, rows, terms, length, panel, tile.vecs, total, g > 0, asks,
                                   finish);
     }
   }

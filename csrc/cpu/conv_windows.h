@@ -171,8 +171,7 @@ class WindowProduct {
     int64_t image_reach = 0, grad_reach = 0;
     for (int a = 0; a < 3; ++a) {
       const Axis& axis = s_.axis[a];
-      const bool padding = axis.pad > 0 || axis.input_of(axis.out - 1, axis.kernel - 1) >= axis.in;
-      patched_ = patched_ || (!skip_padding_ && padding);
+      patched_ = patched_ || (!skip_padding_ && axis.reads_padding());
       image_reach += axis.in * std::llabs(p_.input.stride[a + 2]);
       grad_reach += axis.out * std::llabs(p_.output.stride[a + 2]);
     }

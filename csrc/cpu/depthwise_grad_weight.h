@@ -328,7 +328,9 @@ class InPlaceGradWeight {
         plane_rows_(deep_.kernel * high_.kernel),
         sums_(s_.taps() * L),
         rows_(deep_.out * high_.out),
-        padding_(pads(deep_) || pads(high_) ? (wide_.in - 1) * p.input.stride[4] + s_.groups : 0),
+        padding_(deep_.reads_padding() || high_.reads_padding()
+                     ? (wide_.in - 1) * p.input.stride[4] + s_.groups
+                     : 0),
         asks_(exceeds_caches<T>(p, 8 << 20)) {}
 
   bool fits() const {
@@ -348,10 +350,6 @@ class InPlaceGradWeight {
   // ---- the plan --------------------------------------------------------------------------------
 
   static constexpr int64_t most_rows = 64;  // of taps
-
-  static bool pads(const Axis& a) {
-    return a.input_of(0, 0) < 0 || a.input_of(a.out - 1, a.kernel - 1) >= a.in;
-  }
 
   void cut_rows() {
     // As many as the second cache holds beside the next ones; if blocks share lines, as many as the

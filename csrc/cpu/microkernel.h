@@ -60,7 +60,7 @@ template <class T, class D = T>
 struct Finish {
   D* target = nullptr;
   const int64_t* position = nullptr;  // of each pointer
-  int64_t row_step = 0;               // of a wide tile's rows
+  int64_t row_step = 0;               // of a wide tile's rows, or of lanes that are asked for
   const T* bias = nullptr;            // of each lane, or of each row of a wide tile; never -0
   int elements = 0;                   // of a row's vectors, or of each vector of a wide tile
   bool* special = nullptr;            // becomes true if an infinity or a NaN was stored
@@ -71,9 +71,9 @@ struct Finish {
 enum class Group { first, next, same };
 
 // What lies ahead and is asked for with each term: what it reads of a later tile; of rows apart,
-// each in lines of its own, another one; or the next group's panel, which follows this one where
-// lanes are read in place.
-enum class Asks { tile, row_apart, panel };
+// each in lines of its own, another one; the next group's panel, which follows this one where
+// lanes are read in place; or, lane after lane, where the totals of this tile will be stored later.
+enum class Asks { tile, row_apart, panel, result };
 
 // The steps of a tile of one chain. multiply_tiles has its own: in calls its hot loop would lose
 // registers.
@@ -179,7 +179,13 @@ void multiply_tiles(int64_t tiles, const S* const* in_place, const Term* terms,
         in_place + (last - in_place >= far * pointers + 7 ? far * pointers : 0);
     // Of four vectors two tiles in turns ask for two.
     const int64_t next_panel = (length[0] * Vecs + (Vecs > 2 ? tiles % 2 * 2 : 0)) * L;
-    if (!Wide && finish) {
+    D* result = nullptr;
+    int64_t to_lane = 0;
+    if constexpr (asks == Asks::result) {
+      result = finish->target + *position;
+      to_lane = finish->row_step;
+      position += pointers;
+    } else if (!Wide && finish) {
       const int64_t* const next = position + (last - in_place > 3 * pointers ? 2 * pointers : 0);
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i)
@@ -207,6 +213,9 @@ void multiply_tiles(int64_t tiles, const S* const* in_place, const Term* terms,
         } else if constexpr (asks == Asks::panel) {
 #pragma GCC unroll 2
           for (int j = 0; j < (Vecs < 2 ? Vecs : 2); ++j) prefetch(packed + next_panel + j * L);
+        } else if constexpr (asks == Asks::result) {
+          prefetch_to_write(result);
+          result += to_lane;
         } else {
 #pragma GCC unroll 8
           for (int j = 0; j < lines; ++j) prefetch_near(ahead + o + j * L);
@@ -246,7 +255,7 @@ void multiply_tiles(int64_t tiles, const S* const* in_place, const Term* terms,
       else
         return closed(earlier, chain[0][i][j], group == Group::next);
     };
-    if (finish == nullptr) {
+    if (asks == Asks::result || finish == nullptr) {
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 8
@@ -302,6 +311,8 @@ TNC_INLINE Tiles<T> tile_of(int rows, int vecs, Asks asks) {
     if (asks == Asks::row_apart)
       return multiply_tiles<T, T, T, Chains, Rows, Vecs, false, Asks::row_apart>;
     if (asks == Asks::panel) return multiply_tiles<T, T, T, Chains, Rows, Vecs, false, Asks::panel>;
+    if (asks == Asks::result)
+      return multiply_tiles<T, T, T, Chains, Rows, Vecs, false, Asks::result>;
   }
   return multiply_tiles<T, T, T, Chains, Rows, Vecs, false>;
 }
@@ -337,7 +348,8 @@ TNC_INLINE void each_row_tile(int64_t rows, int vecs, const Use& use) {
   if (rest > 0) use(1, halves ? rest / 2 : rest);
 }
 
-// total[r] += the group, for all rows; total has `vecs` vectors a row.
+// total[r] += the group, for all rows; total has `vecs` vectors a row. If it `asks` for the result,
+// `finish` says where that is, else it takes the totals.
 template <class T, int Chains>
 void multiply_rows(const T* const* row, int64_t rows, const Term* terms, const int32_t* length,
                    const T* panel, int vecs, T* total, bool resume, Asks asks = Asks::tile,
@@ -346,8 +358,10 @@ void multiply_rows(const T* const* row, int64_t rows, const Term* terms, const i
   Finish<T> here = finish ? *finish : Finish<T>{};
   const Group group = resume ? Group::next : Group::first;
   each_row_tile<T, Chains>(rows, vecs, [&](int64_t tiles, int tile_rows) {
-    tile_of<T, Chains>(tile_rows, vecs, asks)(tiles, row, terms, length, panel, total, group, last,
-                                              finish ? &here : nullptr);
+    const bool whole = tile_rows == TileSize<T, Chains>::rows_of(vecs);
+    tile_of<T, Chains>(tile_rows, vecs, asks)(
+        tiles, row, terms, length, panel, total, group, last,
+        finish && (whole || asks != Asks::result) ? &here : nullptr);
     row += tiles * tile_rows;
     if (finish) here.position += tiles * tile_rows;
     total += tiles * tile_rows * vecs * Vec<T>::lanes;

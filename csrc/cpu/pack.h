@@ -114,7 +114,6 @@ void pack_panel(T* panel, int pitch, int lanes, const S* src, int64_t lane_strid
                 const int32_t* next, int64_t next_terms) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
-  constexpr int line = 64 / sizeof(S);
   if (lane_stride == 1) {
     const auto copy = [&](auto vecs) __attribute__((always_inline)) {
       constexpr int last = (vecs.value - 1) * L;

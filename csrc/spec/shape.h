@@ -13,6 +13,9 @@ struct Axis {
   // The input position that tap k of output o reads; outside [0, in) it lies in the padding.
   TNC_HD int64_t input_of(int64_t o, int64_t k) const { return o * stride - pad + k * dilation; }
   TNC_HD bool holds_input(int64_t i) const { return i >= 0 && i < in; }
+  TNC_HD bool reads_padding() const {
+    return !holds_input(input_of(0, 0)) || !holds_input(input_of(out - 1, kernel - 1));
+  }
 
   // The output whose tap k reads input i, or -1.
   TNC_HD int64_t output_of(int64_t i, int64_t k) const {
