@@ -299,3 +299,47 @@ def test_bias_of_minus_zero(row):
     expected = F.conv_transpose1d(*arguments, impl="naive")
     assert expected[0, 0, 0] == 0 and torch.signbit(expected[0, :, 0]).all()
     assert_same_bits(F.conv_transpose1d(*arguments, impl=row), expected, row)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("row", FAST)
+@pytest.mark.parametrize(
+    ("channels", "filters", "kernel", "stride", "groups"),
+    [
+        (64, 64, 1, 1, 1),
+        (8, 8, 3, 1, 1),
+        (64, 40, 3, 2, 1),
+        (3, 20, 7, 2, 1),
+        (3, 70, 5, 1, 1),
+        (32, 32, 5, 1, 8),
+        (40, 40, 7, 1, 40),
+        (35, 35, 7, 4, 35),
+        (40, 40, 9, 2, 40),
+    ],
+)
+def test_totals_flushed_to_minus_zero(channels, filters, kernel, stride, groups, row, layout):
+    """Without a bias, too, a total that the second group flushed to -0 gets a +0."""
+    above, below = 1.5 * 2.0**-126, -(2.0**-125)  # terms 0 and 40
+    shape = {"stride": stride, "padding": kernel // 2, "groups": groups}
+    taps = kernel * kernel
+    x = torch.ones(2, channels, 29, 28)
+    w = torch.zeros(filters, channels // groups, taps)
+    w.flatten(1)[:, 0], w.flatten(1)[:, 40] = above, below
+    back = torch.zeros(groups, filters // groups, channels // groups, taps)
+    back[:, 0, :, 0], back[:, 40 // taps, :, 40 % taps] = above, below
+    w = w.unflatten(2, (kernel, kernel)).bfloat16()
+    back = back.flatten(0, 1).unflatten(2, (kernel, kernel)).bfloat16()
+    x = x.bfloat16().contiguous(memory_format=layout)
+    ones = torch.ones_like(F.conv2d(x, w, **shape, impl="naive"))
+    g = torch.zeros(ones.shape)
+    g[0].flatten(1)[:, 0], g[0].flatten(1)[:, 40] = above, below
+    g = g.bfloat16().contiguous(memory_format=layout)
+    for run in (
+        lambda row: F.conv2d(x, w, **shape, impl=row),
+        lambda row: F.conv_grad_input(x.shape, back, ones, **shape, impl=row),
+        lambda row: F.conv_grad_weight(x, w.shape, g, **shape, impl=row),
+    ):
+        expected = run("naive")
+        zeros = expected == 0
+        assert zeros.any() and not torch.signbit(expected[zeros]).any()
+        assert_same_bits(run(row), expected, (row, layout))

@@ -6,17 +6,20 @@
 
 namespace torch_naiveconv::TNC_ISA {
 
-// A run of pixels [first, last) of one sample as boxes of the outputs: one box if that is small
-// enough, else cut where it crosses from one plane or one row into the next.
+// A run of pixels [first, last) of one sample, and the boxes of the image that its windows read:
+// one box if that is small enough, else the run is cut where it crosses from one plane or one row
+// into the next. Without the padding, if only what lies `inside` of the image is read.
 struct Bands {
   int count = 0;
   struct Band {
     int64_t first, last;  // pixels
-    Box outputs;
+    Box inputs;
   } band[4];
+  bool inside;
   int64_t size[3] = {0, 0, 0};  // of the largest patch, on each axis
 
-  Bands(const ConvShape& s, int64_t first, int64_t last, int64_t most_elements) {
+  Bands(const ConvShape& s, int64_t first, int64_t last, int64_t most_elements, bool inside)
+      : inside(inside) {
     add(s, first, last);
     if (elements() <= most_elements) return;
     const int64_t row = s.axis[2].out, plane = row * s.axis[1].out;
@@ -47,12 +50,16 @@ struct Bands {
     int64_t lower = first, upper = last - 1, stride = s.outputs();
     for (int a = 0; a < 3; ++a) {
       stride /= s.axis[a].out;
-      b.outputs.from[a] = lower / stride;
-      b.outputs.to[a] = upper / stride + 1;
+      const int64_t first_output = lower / stride, outputs = upper / stride + 1 - first_output;
       lower %= stride;
       upper %= stride;
-      if (b.outputs.size(a) > 1) lower = 0, upper = stride - 1;
-      size[a] = most(size[a], s.axis[a].extent(b.outputs.size(a)));
+      if (outputs > 1) lower = 0, upper = stride - 1;
+      const Axis& axis = s.axis[a];
+      const int64_t extent = axis.extent(outputs);
+      const int64_t from = axis.input_of(first_output, 0), to = from + extent;
+      b.inputs.from[a] = inside ? most(from, 0) : from;
+      b.inputs.to[a] = inside ? least(to, axis.in) : to;
+      size[a] = most(size[a], inside ? least(extent, axis.in) : extent);
     }
   }
 };
@@ -89,8 +96,7 @@ void list_pixels(const ConvShape& s, const Bands& bands, int64_t first, int64_t 
       int64_t from = b * layout.elements, i = 0;
       for (int a = 0; a < 3; ++a) {
         const Axis& axis = s.axis[a];
-        from += (patched ? (at[a] - band.outputs.from[a]) * axis.stride : axis.input_of(at[a], 0)) *
-                layout.axis[a];
+        from += (axis.input_of(at[a], 0) - (patched ? band.inputs.from[a] : 0)) * layout.axis[a];
         if (tap && a < 2 && !axis.holds_input(axis.input_of(at[a], tap[a]))) run = 0;
       }
       if (tap) {
@@ -196,7 +202,7 @@ class WindowProduct {
     work_ = s_.batch * pixels_ * taps_ * s_.group_in() * s_.out_channels;
     int64_t patch_channels = s_.group_in();  // at most
     if (patched_) {
-      const Bands worst(s_, 0, least(pixels_, K::group), 0);
+      const Bands worst(s_, 0, least(pixels_, K::group), 0, skip_padding_);
       patch_channels =
           least(patch_channels, patch_bytes / (int64_t{sizeof(T)} * 2 * worst.elements()));
     }
@@ -298,7 +304,8 @@ class WindowProduct {
     int64_t patch = 0;
     if (patched_) {
       for (int64_t g = 0; g * K::group < pixels_; ++g) {
-        const Bands bands(s_, g * K::group, least(pixels_, (g + 1) * K::group), patch_limit_);
+        const Bands bands(s_, g * K::group, least(pixels_, (g + 1) * K::group), patch_limit_,
+                          skip_padding_);
         patch = most(patch, bands.elements());
       }
       // Each channel of a band is rounded up (PatchLayout), by less than 64 elements.
@@ -422,14 +429,14 @@ class WindowProduct {
   // lanes find them.
   Chunk chunk_from(int64_t first) const {
     const int64_t all = least(pixels_, first + table_size());
-    const Bands whole(s_, first, all, INT64_MAX);
+    const Bands whole(s_, first, all, INT64_MAX, skip_padding_);
     if ((patched_ ? whole.elements() : all - first) <= patch_limit_)
       return {first, all, whole, alike_ ? first : 0, PatchLayout{}};
     int64_t last = least(pixels_, first + K::group);
-    Bands bands(s_, first, last, patch_limit_);
+    Bands bands(s_, first, last, patch_limit_, skip_padding_);
     while (last < pixels_ && last - first < table_size()) {
       const int64_t next = least(pixels_, last + K::group);
-      const Bands more(s_, first, next, INT64_MAX);
+      const Bands more(s_, first, next, INT64_MAX, skip_padding_);
       if ((patched_ ? more.elements() : next - first) > patch_limit_) break;
       bands = more;
       last = next;
@@ -445,17 +452,9 @@ class WindowProduct {
       c.layout = by_pixel_ ? PatchLayout::by_pixel(b.channels, c.bands.size)
                            : PatchLayout::of(b.channels, c.bands.size);
       const int64_t image_size[3] = {s_.axis[0].in, s_.axis[1].in, s_.axis[2].in};
-      for (int i = 0; i < c.bands.count; ++i) {
-        const Box& outputs = c.bands.band[i].outputs;
-        Box box;
-        for (int a = 0; a < 3; ++a) {
-          const Axis& axis = s_.axis[a];
-          box.from[a] = axis.input_of(outputs.from[a], 0);
-          box.to[a] = axis.input_of(outputs.to[a] - 1, axis.kernel - 1) + 1;
-        }
+      for (int i = 0; i < c.bands.count; ++i)
         copy_patch(w.patch + i * c.layout.elements, c.layout, sample, stride[1], stride + 2,
-                   image_size, box, {1, 1, 1}, b.channels);
-      }
+                   image_size, c.bands.band[i].inputs, {1, 1, 1}, b.channels);
     } else {
       sample += c.origin * s_.axis[2].stride * stride[4];
       c.layout.channel = stride[1];
@@ -478,7 +477,7 @@ class WindowProduct {
 
   // Those of the pixels [first, last) of the chunk, counted from its origin.
   void list_terms(const Block& b, const Chunk& c, int64_t first, int64_t last, Workspace& w) const {
-    const Bands bands = alike_ ? Bands(s_, first, last, patch_limit_) : c.bands;
+    const Bands bands = alike_ ? Bands(s_, first, last, patch_limit_, false) : c.bands;
     const int64_t* const stride = p_.output.stride;
     each_run(s_, first, last, [&](int64_t pixel, int64_t run, const int64_t (&at)[3]) {
       const int64_t of = at[0] * stride[2] + at[1] * stride[3] + at[2] * stride[4];

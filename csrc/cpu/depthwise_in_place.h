@@ -200,8 +200,9 @@ void in_place_tile(const InPlacePlan<T>& plan, const TapRow<T>* rows, int row_co
       sum = sum_of(acc[r][i]);
       if constexpr (chains == 2) sum = total[r][i] + sum;
     });
-    if (plan.bias) {
-      const V bias = V::load(plan.bias + channel);
+    // Of two groups a total may be flushed to -0, which +0 for a bias makes +0.
+    if (plan.bias || chains == 2) {
+      const V bias = plan.bias ? V::load(plan.bias + channel) : V::zero();
       each([&](int r, int i)
                __attribute__((always_inline)) { acc[r][i][0] = acc[r][i][0] + bias; });
     }
