@@ -165,8 +165,7 @@ bool dense_grad_input(const ConvProblem& p) {
 // One tap, no padding: then output and input play the same part in the weight gradient.
 inline bool is_pointwise(const ConvShape& s) {
   bool yes = true;
-  for (const Axis& a : s.axis)
-    yes = yes && a.kernel == 1 && !a.reads_padding();
+  for (const Axis& a : s.axis) yes = yes && a.kernel == 1 && !a.reads_padding();
   return yes;
 }
 inline ConvProblem swapped(const ConvProblem& p) {

@@ -378,7 +378,7 @@ void double_strip(const PlanePhase<T>& phase, const PlaneTile<T>& tile) {
         for (int qw = 0; qw < 2; ++qw)
           both[qw] = result_of<T>((V::zero() + sum_of(acc[q][qw][c])) + bias);
         T* const to = out + q * tile.out_step;
-        prefetch_row<2 * vecs, V>(to + tile.next_out);
+        prefetch_row<2, V>(to + tile.next_out + 2 * c * V::lanes);
         store_plane_pairs<T, vecs>(both[0], both[1], tile, to, c);
       }
     }
