@@ -171,6 +171,7 @@ void in_place_tile(const InPlacePlan<T>& plan, const TapRow<T>* rows, int row_co
         add(row, runs[0], std::integral_constant<int, only>{});
         continue;
       }
+      // Not in a lambda: there GCC keeps the chains in memory.
       const bool ends = chains == 2 && row.ends_group;
       for (int j = ends ? plan.runs[0] : 0; j < plan.runs[ends]; ++j) {
         const TapRun& run = runs[j];
@@ -397,8 +398,9 @@ bool map_in_place(const ConvProblem& p) {
   const Axis& along = s.axis[2];
   const int kernel = static_cast<int>(along.kernel);
   const bool phases = transposed && along.stride == 2;
-  // Four times as large as what is read, its lines are soon gone from the nearer caches.
-  plan.asks_for_result = plan.asks_for_source || phases;
+  // That of two phases is four times as large as what is read: its lines are soon gone from the
+  // nearer caches. A store that waits for memory costs more than asking in vain.
+  plan.asks_for_result = phases || exceeds_caches<T>(p, 8 << 20);
   const bool grouped = plan.planes > 1;
   if (s.group_in() != s.group_out() || plan.channels < L || plan.numbers > most_taps ||
       (grouped && (!joins_windows<Vec<E>> || L % plan.planes != 0)) || plan.source.stride[1] != 1 ||

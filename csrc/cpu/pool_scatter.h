@@ -88,6 +88,7 @@ void read_positions(const void* from, int64_t stride, int64_t count, uint8_t* __
   }
 }
 
+// `rows` of `columns` elements each; what lies between rows is neither read nor written.
 template <class E>
 void copy_rows(const E* from, int64_t from_pitch, E* to, int64_t to_pitch, int64_t rows,
                int64_t columns) {

@@ -74,9 +74,7 @@ struct Vec<float> {
                                          21, 23, 24, 26, 28, 30, 25, 27, 29, 31};
     const Vec a = load(first) + x, b = load(second) + x;
     nan = either(nan, either(is_nan(a), is_nan(b)));
-    const __m512i low = _mm512_srli_epi32(a.rounded(), 16);
-    const __m512i turns = _mm512_mask_blend_epi16(0x55555555, b.rounded(), low);
-    return _mm512_permutexvar_epi16(_mm512_loadu_si512(order), turns);
+    return _mm512_permutexvar_epi16(_mm512_loadu_si512(order), words_in_turns(a, b));
   }
 
   TNC_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
@@ -103,8 +101,7 @@ struct Vec<float> {
 
   // See pack.h. A pair of rounded halves is one word of the result.
   friend TNC_INLINE void store_in_turns(Vec even, Vec odd, BFloat16* p, int64_t n) {
-    const __m512i low = _mm512_srli_epi32(even.rounded(), 16);
-    const Words words = _mm512_mask_blend_epi16(0x55555555, odd.rounded(), low);
+    const Words words = words_in_turns(even, odd);
     if (n >= 2 * lanes)
       store_words(words, p);
     else
@@ -192,6 +189,11 @@ struct Vec<float> {
     const __m512i even = _mm512_and_epi32(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     const __m512i up = _mm512_add_epi32(u, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
     return _mm512_mask_blend_epi32(is_nan(*this), up, _mm512_set1_epi32(0x7fc00000));
+  }
+  // Rounded, a pair a word: the even one below.
+  static TNC_INLINE Words words_in_turns(Vec even, Vec odd) {
+    const __m512i low = _mm512_srli_epi32(even.rounded(), 16);
+    return _mm512_mask_blend_epi16(0x55555555, odd.rounded(), low);
   }
   TNC_INLINE __m256i brains() const {
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(), 16));
