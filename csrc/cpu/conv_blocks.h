@@ -9,12 +9,13 @@ namespace torch_naiveconv::TNC_ISA {
 
 // Of what a task reads of its image at a time, in a patch or in place, unless one group needs more.
 constexpr int64_t patch_bytes = 192 << 10;
-constexpr int64_t pixel_bytes = 1024;      // of a channels_last image that is read in place
-constexpr int64_t source_bytes = 4 << 20;  // of a channels_last image that several patches read
-constexpr int64_t total_bytes = 1 << 20;   // of a task's totals
-constexpr int64_t kept_bytes = 1 << 20;    // of the panels that a thread keeps
-constexpr int64_t sum_bytes = 4 << 20;     // of the sums that a task keeps of its groups
-constexpr int64_t phase_bytes = 1 << 20;   // of the samples whose stride phases take turns
+constexpr int64_t pixel_bytes = 1024;         // of a channels_last image that is read in place
+constexpr int64_t source_bytes = 4 << 20;     // of a channels_last image that several patches read
+constexpr int64_t total_bytes = 1 << 20;      // of a task's totals
+constexpr int64_t box_total_bytes = 4 << 20;  // of those of a box of pixels
+constexpr int64_t kept_bytes = 1 << 20;       // of the panels that a thread keeps
+constexpr int64_t sum_bytes = 4 << 20;        // of the sums that a task keeps of its groups
+constexpr int64_t phase_bytes = 1 << 20;      // of the samples whose stride phases take turns
 constexpr int64_t phase_total_bytes = 256 << 10;  // of the totals of phases that share a patch
 constexpr int64_t rows_of_task = 2048;            // pixels that share a packed panel, at most
 

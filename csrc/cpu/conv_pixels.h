@@ -200,6 +200,7 @@ class PixelProduct {
       lane_blocks_ = least(threads, up(lane_vecs, Size::vecs));
     const int64_t pixels_of_patch = patch_bytes / (int64_t{sizeof(T)} * channels_in_group());
     int64_t target = least(rows_of_task, most(rows_of_task / 2, pixels_of_patch));
+    target = least(target, most(64, box_total_bytes / (int64_t{sizeof(T)} * call_.lanes)));
     if (phases_ > 1) {
       const int64_t lanes = wide_ ? call_.lanes : least(call_.lanes, Size::vecs * L);
       target = least(target, most(64, phase_total_bytes / (int64_t{sizeof(T)} * lanes * phases_)));
